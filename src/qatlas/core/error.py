@@ -1,0 +1,58 @@
+"""One family of errors: what was found, where, and what to write instead.
+
+Everything that a user can get wrong raises a `QatlasError`; the command line prints it without a traceback and exits with code 2.
+Anything else that escapes is a fault of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QatlasError(Exception):
+    """The root: a message for people."""
+
+
+class RuleError(QatlasError):
+    """A rule that cannot be applied, or coverage that is not what the rules say."""
+
+
+class QuantError(QatlasError):
+    """Numbers that cannot work: a group that does not divide, NaN in a weight, a scale that nobody initialised."""
+
+
+class FormatError(QatlasError):
+    """A format that cannot hold a tensor, or a file that is not what it should be."""
+
+
+class CheckpointError(QatlasError):
+    """A truncated, mismatched or foreign checkpoint."""
+
+
+class DataError(QatlasError):
+    """Data that is missing, empty or of another form than the task needs."""
+
+
+class RunError(QatlasError):
+    """A run that cannot start or go on: a directory in use, a missing extra, a flag that no paper has."""
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
+    """The `n` names closest to `name`.
+
+    >>> nearest("lsqq", ["lsq", "quest"])
+    ['lsq']
+    """
+    return difflib.get_close_matches(name, list(known), n=n, cutoff=0.4)
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """The sentence for a name that does not exist.
+
+    >>> unknown("paper", "lsqq", ["lsq", "quest"])
+    "there is no paper 'lsqq'; nearest: lsq; all: lsq, quest"
+    """
+    known = sorted(known)
+    close = nearest(name, known) or ["none is close"]
+    return f"there is no {kind} {name!r}; nearest: {', '.join(close)}; all: {', '.join(known)}"

@@ -1,0 +1,128 @@
+"""Estimator: what the gradient is told about the step. And Snap, the only autograd function of the quantizer.
+
+Rounding is flat almost everywhere, so its true gradient is useless and each method tells another story: pass it (Ste), pass it inside the range only
+(Clip), pass it where the rounding error is small (Trust), or bend it (a paper's own, in the paper's file). An estimator is `(g, u, v, grid) -> dx`:
+g the gradient that arrives, u the place, v the value it snapped to.
+
+The estimator speaks for x only. The scale never hears it: it has its own declared rule (`Scale.slope`), and the zero and the offset hear their closed
+forms. Two paths, never one. With y = s (v - z), u = x / s + z:
+
+    dx = estimator(g, u, v)
+    ds = factor * sum g * slope         v - u inside, v - z outside
+    dz = sum g * (0 inside, -s outside)
+    dm = sum g * (0 inside,  1 outside)    for y = s v + m, u = (x - m) / s
+
+Nothing here leans on autograd of round or clamp. Snap saves x and the scales, never u or v: the place is recomputed in backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .grid import Grid
+from .noun import Noun
+from .scale import Place, decode, locate
+
+if TYPE_CHECKING:
+    from .quantizer import Quant
+
+
+@dataclass(frozen=True)
+class Estimator(Noun):
+    """The interface: `(g, u, v, grid) -> dx`, all of one shape."""
+
+    def __call__(self, g: Tensor, u: Tensor, v: Tensor, grid: Grid) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Ste(Estimator):
+    """dx = g. The straight-through estimator (arXiv 1308.3432): BitNet, TWN, StatsQ."""
+
+    def __call__(self, g: Tensor, u: Tensor, v: Tensor, grid: Grid) -> Tensor:
+        return g
+
+
+@dataclass(frozen=True)
+class Clip(Estimator):
+    """dx = g inside the grid's reach widened by `margin` steps, else 0. margin 0 cuts at the last level (LSQ), 0.5 where rounding does.
+    `at` replaces the grid's reach by +-at (ParetoQ's binary weights: 0.99)."""
+
+    margin: float = 0.0
+    at: float | None = None
+
+    def __call__(self, g: Tensor, u: Tensor, v: Tensor, grid: Grid) -> Tensor:
+        return g * (grid.inside(u, self.margin) if self.at is None else u.abs() <= self.at)
+
+
+@dataclass(frozen=True)
+class Trust(Estimator):
+    """dx = g where |u - v| <= bound, else 0. QuEST's trust estimator (arXiv 2502.05003): where rounding is off by more, the gradient is not trusted."""
+
+    bound: float = 0.5
+
+    def __call__(self, g: Tensor, u: Tensor, v: Tensor, grid: Grid) -> Tensor:
+        return g * ((u - v).abs() <= self.bound)
+
+
+class Snap(torch.autograd.Function):
+    """x (..., n), s, zero, offset (..., 1), shift (..., n) in steps or None -> y (..., n), by `quant`'s formula and gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, s: Tensor, zero: Tensor | None, offset: Tensor | None, shift: Tensor | None, quant: Quant, strength: float) -> Tensor:
+        ctx.quant, ctx.strength = quant, strength
+        ctx.save_for_backward(x, s, zero, offset, shift)
+        return forward(x, Place(s, zero, offset), shift, quant)[0]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, s, zero, offset, shift = ctx.saved_tensors
+        grads = pull(g, x, Place(s, zero, offset), shift, ctx.quant, ctx.strength)
+        return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None
+
+
+def forward(x: Tensor, place: Place, shift: Tensor | None, quant: Quant) -> tuple[Tensor, Tensor, Place]:
+    """The one formula: -> y, v, and the place with which v is decoded (cast to the stored type; refitted if the quant says so)."""
+    place = settle(place, quant)
+    u = locate(x, place)
+    v = quant.grid.snap(u if shift is None else u + shift)
+    if quant.refit:
+        place = place._replace(s=refit(x, v, place, quant))
+    return decode(v, place), v, place
+
+
+def settle(place: Place, quant: Quant) -> Place:
+    """The place as it will be stored: the step cast, an integer zero rounded and kept on the grid."""
+    zero = place.zero
+    if zero is not None:
+        zero = zero.round().clamp(quant.grid.low, quant.grid.high)
+    return Place(quant.scale.cast(place.s) if not quant.refit else place.s.clamp(min=quant.scale.smallest), zero, place.offset)
+
+
+def refit(x: Tensor, v: Tensor, place: Place, quant: Quant) -> Tensor:
+    """The least-squares step of x on v, <x, v> / <v, v>: TWN's mean of the survivors, mean|w| of binary nets. Keeps the old step where v is all zero."""
+    if place.offset is not None:
+        x = x - place.offset
+    v = v if place.zero is None else v - place.zero
+    length = v.square().sum(-1, keepdim=True)
+    s = torch.where(length > 0, (x * v).sum(-1, keepdim=True) / length.clamp(min=torch.finfo(v.dtype).tiny), place.s)
+    return quant.scale.cast(s)
+
+
+def pull(g: Tensor, x: Tensor, place: Place, shift: Tensor | None, quant: Quant, strength: float) -> tuple[Tensor | None, ...]:
+    """The gradients of (x, s, zero, offset, shift) by closed form."""
+    grid, place = quant.grid, settle(place, quant)
+    u = locate(x, place)
+    u = u if shift is None else u + shift
+    v = grid.snap(u)
+    dx = quant.estimator(g, u, v, grid)
+    ds = (g * quant.scale.slope(u, v, place.zero, grid)).sum(-1, keepdim=True) * strength
+    outside = None if place.zero is None and place.offset is None else g * ~grid.inside(u)
+    dzero = None if place.zero is None else -(outside * place.s).sum(-1, keepdim=True) * strength
+    doffset = None if place.offset is None else outside.sum(-1, keepdim=True) * strength
+    dshift = None if shift is None else dx * place.s
+    return dx, ds, dzero, doffset, dshift

@@ -1,0 +1,105 @@
+"""Grain: where one scale serves.
+
+A grain lays a tensor out as (..., n), where the last axis holds exactly the elements that share one scale, and puts it back. All arithmetic of scales
+then reduces over the last axis, whatever the grain, and a scale has the shape of the view without that axis.
+
+    grain           x                view                       scale
+    PerTensor       any              (1, numel)                 (1,)
+    PerChannel()    (out, ...)       (out, rest)                (out,)
+    PerToken        (..., d)         (..., d)                   (...)
+    Group(32)       (out, in)        (out, in/32, 32)           (out, in/32)
+    Block(16, 16)   (out, in)        (out/16, in/16, 256)       (out/16, in/16)
+
+A convolution's weight (out, in, kh, kw) is taken as (out, in kh kw) by Group and Block. A group that does not divide is an error, never padded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .error import QuantError
+from .noun import Noun
+
+
+@dataclass(frozen=True)
+class Grain(Noun):
+    """The interface: `view` and its inverse `back`."""
+
+    def view(self, x: Tensor) -> Tensor:
+        """(any) -> (..., n); the last axis shares a scale. A view where memory allows."""
+        raise NotImplementedError
+
+    def back(self, y: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        """The inverse of `view` for a tensor that had `shape`."""
+        return y.reshape(shape)
+
+    def scale_shape(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the scales of a tensor of `shape`."""
+        return tuple(self.view(torch.empty(tuple(shape), device="meta")).shape[:-1])
+
+
+@dataclass(frozen=True)
+class PerTensor(Grain):
+    """One scale for all."""
+
+    def view(self, x: Tensor) -> Tensor:
+        return x.reshape(1, -1)
+
+
+@dataclass(frozen=True)
+class PerChannel(Grain):
+    """One scale for each index of `axis`: 0 is a weight's output channel, -1 an activation's feature."""
+
+    axis: int = 0
+
+    def view(self, x: Tensor) -> Tensor:
+        return x.movedim(self.axis, 0).reshape(x.shape[self.axis], -1)
+
+    def back(self, y: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        axis = self.axis % len(shape)
+        front = (shape[axis], *shape[:axis], *shape[axis + 1 :])
+        return y.reshape(front).movedim(0, axis)
+
+
+@dataclass(frozen=True)
+class PerToken(Grain):
+    """One scale for each vector along the last axis; only dynamic scales can use it, since their number changes with the input."""
+
+    def view(self, x: Tensor) -> Tensor:
+        return x
+
+
+@dataclass(frozen=True)
+class Group(Grain):
+    """One scale for `size` neighbours along the input axis."""
+
+    size: int
+
+    def view(self, x: Tensor) -> Tensor:
+        width = x[0].numel() if x.dim() > 1 else x.numel()
+        if self.size < 1 or width % self.size:
+            good = [g for g in (16, 32, 64, 128, 256) if width % g == 0]
+            raise QuantError(f"a group of {self.size} does not divide the {width} inputs of a tensor of shape {tuple(x.shape)}; "
+                             f"sizes that do: {', '.join(map(str, good)) or 'none of 16..256, take per channel'}")
+        return x.reshape(x.shape[0] if x.dim() > 1 else 1, width // self.size, self.size)
+
+
+@dataclass(frozen=True)
+class Block(Grain):
+    """One scale for each tile of `rows` x `cols`."""
+
+    rows: int
+    cols: int
+
+    def view(self, x: Tensor) -> Tensor:
+        n, k = x.shape[0], x[0].numel()
+        if n % self.rows or k % self.cols:
+            raise QuantError(f"blocks of {self.rows} x {self.cols} do not tile a tensor of shape {tuple(x.shape)}")
+        tiles = x.reshape(n // self.rows, self.rows, k // self.cols, self.cols).transpose(1, 2)
+        return tiles.reshape(n // self.rows, k // self.cols, self.rows * self.cols)
+
+    def back(self, y: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        return y.reshape(*y.shape[:2], self.rows, self.cols).transpose(1, 2).reshape(shape)

@@ -1,0 +1,211 @@
+"""Quant, all that is said about one tensor, and Quantizer, the module that does it. The one formula:
+
+    u = x / s + z          the place of x on the grid, seen through its grain
+    v = snap(u)            the nearest allowed value
+    y = s (v - z)          what the layer computes with
+
+`forward` gives y with gradients, `hard` gives y without, `quantize` gives the QTensor whose `dequantize()` is y bit for bit: all three run the same
+lines (estimator.forward), which is why they cannot differ.
+
+A Quantizer that holds state (a learned or a moving scale) is initialised before it is used: from the weight itself, or by calibration for activations,
+which observes some batches and then settles. Used before, it raises; it never initialises itself in passing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .error import QuantError
+from .estimator import Estimator, Snap, Ste, forward
+from .grain import Grain, PerChannel, PerToken
+from .grid import Grid, Uniform
+from .noun import Noun
+from .qtensor import QTensor
+from .scale import AbsMax, Place, Scale
+
+SAMPLE = 2**20                                                    # elements of one batch that calibration keeps
+
+
+@dataclass(frozen=True)
+class Quant(Noun):
+    """All that is said about one tensor.
+
+    refit: decode with the least-squares step of x on v instead of the step that chose v (TWN, binary nets).
+
+    >>> from qatlas.core.grid import Ternary
+    >>> q = Quant(Ternary(), scale=AbsMax())
+    >>> q.hard(torch.tensor([[-2.0, 0.5, 1.5]]))
+    tensor([[-2.,  0.,  2.]])
+    """
+
+    grid: Grid
+    grain: Grain = field(default=PerChannel())
+    scale: Scale = field(default=AbsMax())
+    estimator: Estimator = field(default=Ste())
+    refit: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Bits of one stored code."""
+        return int(self.grid.bits)
+
+    @torch.no_grad()
+    def quantize(self, x: Tensor) -> QTensor:
+        """Measure and quantize in one go, without state (also for scales that a Quantizer would keep)."""
+        view = self.grain.view(working(x))
+        return pack(view, self.scale.measure(view, self.grid), None, self, tuple(x.shape))
+
+    @torch.no_grad()
+    def hard(self, x: Tensor) -> Tensor:
+        """The values of `quantize`, in the shape and dtype of x."""
+        view = self.grain.view(working(x))
+        y, _, _ = forward(view, self.scale.measure(view, self.grid), None, self)
+        return self.grain.back(y, x.shape).to(x.dtype)
+
+
+class Quantizer(nn.Module):
+    """The state of one Quant: its learned or moving scale, and whether it is ready.
+
+    quant: the value. It may change once, in `settle`, when calibration decides the signedness.
+    on: False lets x pass (the self-teacher, comparisons).
+    """
+
+    def __init__(self, quant: Quant) -> None:
+        super().__init__()
+        self.quant, self.on = quant, True
+        if quant.scale.keeps != "nothing" and isinstance(quant.grain, PerToken):
+            raise QuantError(f"a {type(quant.scale).__name__} scale cannot serve per token: tokens come and go; take AbsMax() per token, or PerTensor()")
+        self.scale: Tensor | None = None
+        self.zero: Tensor | None = None
+        self.offset: Tensor | None = None
+        self._seen: list[Tensor] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether a forward is possible."""
+        return self.quant.scale.keeps == "nothing" or self.scale is not None
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> Quantizer:
+        """Take the start of the scale from x (a weight, or calibration's sample)."""
+        view = self.quant.grain.view(working(x))
+        if not torch.isfinite(view).all():
+            raise QuantError(f"a tensor of shape {tuple(x.shape)} holds NaN or infinity; a scale measured on it would spoil the layer")
+        return self._hold(self.quant.scale.measure(view, self.quant.grid))
+
+    def observe(self) -> None:
+        """From now on let x pass and remember a sample of it; `settle` ends this."""
+        self._seen = []
+
+    @torch.no_grad()
+    def settle(self, gather: Any = None) -> None:
+        """End calibration: decide the signedness, then initialise from what was seen. `gather` maps a sample to that of all ranks."""
+        if self._seen is None:
+            return
+        if not self._seen:
+            raise QuantError("a quantizer saw no input during calibration: its layer was never called on the calibration batches")
+        seen, self._seen = torch.cat(self._seen, -1), None        # (groups, n)
+        seen = seen if gather is None else gather(seen)
+        if not torch.isfinite(seen).all():
+            raise QuantError("calibration met NaN or infinity in an activation")
+        if isinstance(self.quant.grid, Uniform) and self.quant.grid.signed is None:
+            self.quant = self.quant.but(grid=self.quant.grid.but(signed=bool(seen.min() < 0)))
+        if self.quant.scale.keeps != "nothing":
+            self._hold(self.quant.scale.measure(seen, self.quant.grid))
+
+    def place(self, view: Tensor) -> Place:
+        """The place of a view: measured, running, or learned."""
+        scale = self.quant.scale
+        if scale.keeps == "nothing":
+            if scale.gradient == "statistic":
+                return scale.measure(view, self.quant.grid)
+            with torch.no_grad():
+                return scale.measure(view.detach(), self.quant.grid)
+        if self.scale is None:
+            raise QuantError("a quantizer is used before it is initialised: run calibrate(model, task) before the first step")
+        if scale.keeps == "buffer" and self.training and torch.is_grad_enabled():
+            self._follow(view.detach())
+        return Place(*(None if t is None else t.to(view.dtype).unsqueeze(-1) for t in (self.scale, self.zero, self.offset)))
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """x (any shape) -> y of the same shape and dtype. `shift` moves the place, in steps (an adapter inside the grid)."""
+        if not self.on:
+            return x
+        if self._seen is not None:
+            self._remember(x)
+            return x
+        quant = self.quant
+        view = quant.grain.view(working(x))
+        place = self.place(view)
+        strength = quant.scale.strength(view.shape, x.shape, quant.grid)
+        y = Snap.apply(view, *place, None if shift is None else quant.grain.view(shift), quant, strength)
+        return quant.grain.back(y, x.shape).to(x.dtype)
+
+    @torch.no_grad()
+    def quantize(self, x: Tensor, shift: Tensor | None = None) -> QTensor:
+        """The codes and scales of x; `.dequantize()` equals `forward(x)` bit for bit in fp32."""
+        view = self.quant.grain.view(working(x))
+        return pack(view, self.place(view), None if shift is None else self.quant.grain.view(shift), self.quant, tuple(x.shape))
+
+    @torch.no_grad()
+    def hard(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """The values of `forward`, without a graph."""
+        return self.forward(x, shift)
+
+    def _hold(self, place: Place) -> Quantizer:
+        learn = self.quant.scale.keeps == "parameter"
+        for name, value in zip(("scale", "zero", "offset"), place, strict=True):
+            if value is None or self.quant.scale.keeps == "nothing":
+                continue
+            value = value.detach().squeeze(-1).float().clone()     # masters are fp32, at least one dimension
+            if learn:
+                delattr(self, name) if name in self.__dict__ else None
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                delattr(self, name) if name in self.__dict__ else None
+                self.register_buffer(name, value)
+        return self
+
+    def _follow(self, view: Tensor) -> None:
+        now, keep = self.quant.scale.measure(view, self.quant.grid), self.quant.scale.momentum  # type: ignore[attr-defined]
+        for state, value in zip((self.scale, self.zero, self.offset), now, strict=True):
+            if state is not None and value is not None:
+                state.mul_(keep).add_(value.squeeze(-1), alpha=1 - keep)
+
+    def _remember(self, x: Tensor) -> None:
+        view = self.quant.grain.view(working(x.detach()))
+        view = view.reshape(-1, view.shape[-1]) if not isinstance(self.quant.grain, PerToken) else view.reshape(1, -1)
+        step = -(-view.numel() // SAMPLE)
+        parts = [view] if step == 1 else [view[:, ::step], view.amin(1, keepdim=True), view.amax(1, keepdim=True)]
+        assert self._seen is not None
+        self._seen.append(torch.cat(parts, -1).cpu())
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        found = [state.get(prefix + name) for name in ("scale", "zero", "offset")]
+        if self.scale is None and found[0] is not None:           # a checkpoint of a calibrated model: take its shapes
+            self._hold(Place(*(None if t is None else t.unsqueeze(-1) for t in found)))
+        super()._load_from_state_dict(state, prefix, *rest)
+
+    def extra_repr(self) -> str:
+        q = self.quant
+        return f"{q.grid}, {q.grain}, {type(q.scale).__name__}, {type(q.estimator).__name__}" + ("" if self.ready else ", not calibrated")
+
+
+def working(x: Tensor) -> Tensor:
+    """The type in which places are computed: fp32 at least (bf16 near a tie flips codes)."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def pack(view: Tensor, place: Place, shift: Tensor | None, quant: Quant, shape: tuple[int, ...]) -> QTensor:
+    """A measured view -> QTensor."""
+    _, v, place = forward(view, place, shift, quant)
+    codes = quant.grain.back(quant.grid.encode(v), shape).contiguous()
+    scale: Any = place.s.squeeze(-1)
+    if quant.scale.nested is not None:
+        scale = quant.scale.nested.quantize(scale)
+    zero, offset = (None if t is None else t.squeeze(-1).expand(view.shape[:-1]).contiguous() for t in place[1:])
+    return QTensor(codes, scale, zero, offset, quant.grid, quant.grain, quant.scale.dtype)

@@ -1,0 +1,255 @@
+"""Scale: how long a step is, where it comes from, and what gradient it hears.
+
+A scale measures a view (..., n) of a tensor and answers a `Place`: the step s (..., 1) and, for asymmetric grids, a zero z in codes or an offset m in
+values. What it measures is its class:
+
+    AbsMax       max|x| lands on the end of the grid (or on `reach`: 127.5 is compressed-tensors')
+    MinMax       the range of x, zero included, over the whole grid, with an integer zero point or a float offset
+    AbsMean      times * mean|x|; BitNet with times=1, TWN with refit, LSQ's start with times=2 and `per_root`: 2 mean|x| / sqrt(Qp)
+    Rms          times * sqrt(mean x^2)
+    Percentile   the q-quantile of |x| lands on the end of the grid
+    MseSearch    the shrink of another scale with the least squared error
+    Moving       a running average of another scale; a buffer, for static activations
+    Learned      a parameter, started by another scale
+
+Each declares its *gradient*: "none" (recomputed and detached: BitNet, QuEST), "statistic" (flows on into x through the statistic: AECCT), or "clipped"
+(LSQ's: v - u inside the grid, the end of the grid outside, times `factor`). `slope` is the rule; PACT and others override it.
+
+And each declares the *type* in which the artefact will store it. `cast` rounds the step to that type in the forward pass, masters stay fp32, so codes
+are always taken from the step that will be stored. Its floor is the smallest positive number of that type (1e-8 is 0 in fp16), its sign policy says
+what a step that training drove below zero means. A `nested` Quant makes the scales themselves quantized (Q4_K, NVFP4).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .error import QuantError
+from .grid import Grid
+from .noun import Noun
+
+if TYPE_CHECKING:
+    from .quantizer import Quant
+
+SMALLEST = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-24, "float8_e4m3fn": 2.0**-9, "float8_e8m0fnu": 2.0**-127}
+
+
+class Place(NamedTuple):
+    """Where a tensor sits on its grid: u = x / s + zero, or u = (x - offset) / s. All shaped (..., 1); at most one of zero and offset."""
+
+    s: Tensor
+    zero: Tensor | None = None
+    offset: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Scale(Noun):
+    """The interface and what all scales share.
+
+    dtype: the type in which the scale is stored: float32, float16, bfloat16, float8_e4m3fn, float8_e8m0fnu.
+    floor: the smallest step; None takes the smallest positive number of dtype.
+    sign: "positive" lifts a step below the floor to the floor; "abs" mirrors it; "free" keeps it (GGUF's d may be negative).
+    gradient: "none", "statistic" or "clipped".
+    factor: what the scale's gradient is multiplied with: a number, or "lsq" = 1 / sqrt(elements * Qp).
+    over: whose elements "lsq" counts: "scale" (those that share it), "tensor" (all; ParetoQ) or "token" (the features of one token).
+    nested: a Quant for the scales themselves, grouped along their last axis.
+    """
+
+    dtype: str = field(default="float32", kw_only=True)
+    floor: float | None = field(default=None, kw_only=True)
+    sign: str = field(default="positive", kw_only=True)
+    gradient: str = field(default="none", kw_only=True)
+    factor: str | float = field(default=1.0, kw_only=True)
+    over: str = field(default="scale", kw_only=True)
+    nested: Quant | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name, known in (("dtype", SMALLEST), ("sign", ("positive", "abs", "free")), ("gradient", ("none", "statistic", "clipped")),
+                            ("over", ("scale", "tensor", "token"))):
+            if getattr(self, name) not in known:
+                raise QuantError(f"{type(self).__name__}({name}={getattr(self, name)!r}): {name} is one of {', '.join(known)}")
+
+    @property
+    def keeps(self) -> str:
+        """What a Quantizer holds for it: "nothing", a "buffer" or a "parameter"."""
+        return "nothing"
+
+    def measure(self, x: Tensor, grid: Grid) -> Place:
+        """(..., n) -> Place of (..., 1), not yet cast."""
+        raise NotImplementedError
+
+    def cast(self, s: Tensor) -> Tensor:
+        """The step as it will be stored, in the type of s: sign policy, floor, nested quantization, rounding to `dtype`."""
+        floor = self.smallest
+        if self.sign == "abs":
+            s = s.abs()
+        s = s.clamp(min=floor) if self.sign != "free" else torch.where(s.abs() < floor, floor, s).to(s.dtype)
+        if self.nested is not None:
+            return self.nested.hard(s.squeeze(-1)).clamp(min=floor).unsqueeze(-1)
+        if self.dtype == "float32":
+            return s
+        kind = getattr(torch, self.dtype)
+        return s.clamp(-torch.finfo(kind).max, torch.finfo(kind).max).to(kind).to(s.dtype)
+
+    @property
+    def smallest(self) -> float:
+        """The floor in force."""
+        return SMALLEST[self.dtype] if self.floor is None else max(self.floor, SMALLEST[self.dtype])
+
+    def slope(self, u: Tensor, v: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
+        """dy/ds, element by element: v - u inside, the end of the grid (minus the zero) outside. Source: LSQ, arXiv 1902.08153."""
+        end = v if zero is None else v - zero
+        return torch.where(grid.inside(u), v - u, end)
+
+    def strength(self, view: torch.Size, shape: torch.Size | tuple[int, ...], grid: Grid) -> float:
+        """The gradient factor for a view of a tensor of `shape`."""
+        if not isinstance(self.factor, str):
+            return float(self.factor)
+        n = {"scale": view[-1], "tensor": math.prod(shape), "token": shape[-1]}[self.over]
+        return 1 / math.sqrt(n * max(round(grid.high), 1))
+
+
+@dataclass(frozen=True)
+class AbsMax(Scale):
+    """s = max|x| / reach; reach defaults to the grid's high end.
+
+    >>> from qatlas.core.grid import Uniform
+    >>> AbsMax().measure(torch.tensor([[-14.0, 7.0]]), Uniform(4)).s
+    tensor([[2.]])
+    """
+
+    reach: float | None = None
+
+    def measure(self, x: Tensor, grid: Grid) -> Place:
+        return Place(x.abs().amax(-1, keepdim=True) / (grid.high if self.reach is None else self.reach))
+
+
+@dataclass(frozen=True)
+class MinMax(Scale):
+    """s = (max - min) / (high - low), the range widened to hold zero. zero="integer": z = low - round(min / s), clipped to the grid;
+    zero="offset": m = min - s low, a float in values (only a few formats hold it)."""
+
+    zero: str = "integer"
+
+    def measure(self, x: Tensor, grid: Grid) -> Place:
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        if self.zero == "integer":
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        s = ((high - low) / (grid.high - grid.low)).clamp(min=self.smallest)
+        if self.zero == "integer":
+            return Place(s, zero=(grid.low - (low / s).round()).clamp(grid.low, grid.high))
+        return Place(s, offset=low - s * grid.low)
+
+
+@dataclass(frozen=True)
+class AbsMean(Scale):
+    """s = times * mean|x|, divided by sqrt(Qp) with per_root (LSQ's start)."""
+
+    times: float = 1.0
+    per_root: bool = False
+
+    def measure(self, x: Tensor, grid: Grid) -> Place:
+        s = self.times * x.abs().mean(-1, keepdim=True)
+        return Place(s / math.sqrt(max(round(grid.high), 1)) if self.per_root else s)
+
+
+@dataclass(frozen=True)
+class Rms(Scale):
+    """s = times * sqrt(mean x^2)."""
+
+    times: float = 1.0
+
+    def measure(self, x: Tensor, grid: Grid) -> Place:
+        return Place(self.times * x.square().mean(-1, keepdim=True).sqrt())
+
+
+@dataclass(frozen=True)
+class Percentile(Scale):
+    """The q-quantile of |x| (linear interpolation, as torch.quantile, of any size) lands on the grid's high end."""
+
+    q: float = 0.999
+
+    def measure(self, x: Tensor, grid: Grid) -> Place:
+        place = self.q * (x.shape[-1] - 1)
+        below = math.floor(place)
+        order = x.abs().sort(-1).values
+        low, high = order[..., below : below + 1], order[..., min(below + 1, x.shape[-1] - 1)][..., None]
+        return Place(torch.lerp(low, high, place - below) / grid.high)
+
+
+@dataclass(frozen=True)
+class MseSearch(Scale):
+    """The shrink of `start` with the least mean |error|^power: start * (1 - i / steps * depth), i = 0 .. steps - 1."""
+
+    start: Scale = AbsMax()
+    steps: int = 80
+    depth: float = 0.8
+    power: float = 2.0
+
+    def measure(self, x: Tensor, grid: Grid) -> Place:
+        with torch.no_grad():
+            first = self.start.measure(x, grid)
+            best, least = first, torch.full_like(first.s, torch.inf)
+            for i in range(self.steps):
+                shrink = 1 - i / self.steps * self.depth
+                s = self.cast(first.s * shrink)
+                trial = Place(s, first.zero, None if first.offset is None else first.offset * shrink)
+                y = decode(grid.snap(locate(x, trial)), trial)
+                error = (y - x).abs().pow(self.power).mean(-1, keepdim=True)
+                better = error < least
+                least = torch.where(better, error, least)
+                best = Place(*(None if new is None else torch.where(better, new, old) for new, old in zip(trial, best, strict=True)))
+        return best
+
+
+@dataclass(frozen=True)
+class Moving(Scale):
+    """A running average of `start` over training batches: s <- momentum s + (1 - momentum) start(x). Frozen in eval. A buffer of the Quantizer."""
+
+    start: Scale = AbsMax()
+    momentum: float = 0.99
+
+    @property
+    def keeps(self) -> str:
+        return "buffer"
+
+    def measure(self, x: Tensor, grid: Grid) -> Place:
+        return self.start.measure(x, grid)
+
+
+@dataclass(frozen=True)
+class Learned(Scale):
+    """A parameter with LSQ's gradient, started by `start`; with a start that has a zero or an offset, that is learned too.
+
+    Source: LSQ (arXiv 1902.08153) for s, LSQ+ (arXiv 2004.09576) for the offset, torch's learnable fake quantization for the zero.
+    """
+
+    start: Scale = AbsMax()
+    gradient: str = field(default="clipped", kw_only=True)
+    factor: str | float = field(default="lsq", kw_only=True)
+
+    @property
+    def keeps(self) -> str:
+        return "parameter"
+
+    def measure(self, x: Tensor, grid: Grid) -> Place:
+        return self.start.measure(x, grid)
+
+
+def locate(x: Tensor, place: Place) -> Tensor:
+    """u: the place of x on the grid, in steps."""
+    if place.zero is not None:
+        return x / place.s + place.zero
+    return x / place.s if place.offset is None else (x - place.offset) / place.s
+
+
+def decode(v: Tensor, place: Place) -> Tensor:
+    """y: the value that v stands for, in the one order of operations that every reader of ours uses: s (v - z), or s v + m."""
+    if place.zero is not None:
+        return place.s * (v - place.zero)
+    return place.s * v if place.offset is None else place.s * v + place.offset

@@ -1,0 +1,77 @@
+"""Scheme: bit strings such as "w4a8kv8-g32" -> Quants.
+
+    w<bits>         weights, one scale a channel unless a grain follows: 1, 1.58, 2 ... 8
+    a<bits>         activations, one dynamic scale a token
+    kv<bits>        keys and values of the cache, one dynamic scale a token
+    -g<n>, -tensor  the grain of the weights
+    -static         activations with one learned scale a tensor instead (encoders and vision; in a decoder later tokens would move earlier ones)
+
+Weights: 1 bit is Sign with mean|w| and refit; 1.58 is Ternary with BitNet's mean|w|; 2 and more are integers with a learned scale (LSQ).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .error import QuantError
+from .estimator import Clip, Estimator, Ste
+from .grain import Grain, Group, PerChannel, PerTensor, PerToken
+from .grid import Sign, Ternary, Uniform
+from .noun import Noun
+from .quantizer import Quant
+from .scale import AbsMax, AbsMean, Learned
+
+FORM = re.compile(r"w(?P<w>[\d.]+)(a(?P<a>\d+))?(kv(?P<kv>\d+))?(?P<rest>(-(g\d+|tensor|static))*)")
+
+
+@dataclass(frozen=True)
+class Scheme(Noun):
+    """The Quants of a scheme: weight, and input and cache or None where they stay in full precision."""
+
+    weight: Quant
+    input: Quant | None = None
+    cache: Quant | None = None
+
+
+def scheme(text: str) -> Scheme:
+    """Read a bit string.
+
+    Raises:
+        QuantError: what is not of the form above.
+
+    >>> scheme("w1.58a8").weight.grid
+    Ternary(threshold=0.5)
+    """
+    match = FORM.fullmatch(text)
+    if not match:
+        raise QuantError(f"the scheme {text!r} is not of the form w<bits>[a<bits>][kv<bits>][-g<n>|-tensor][-static], for instance w4, w2-g64, w1.58a8, w4a8kv8-g32")
+    grain: Grain = PerChannel()
+    for part in filter(None, match["rest"].split("-")):
+        if part != "static":
+            grain = PerTensor() if part == "tensor" else Group(int(part[1:]))
+    static = "-static" in match["rest"]
+    token = Quant(Uniform(8), PerToken(), AbsMax())
+    inputs = None
+    if match["a"]:
+        bits = int(match["a"])
+        inputs = Quant(Uniform(bits, None), PerTensor(), Learned(AbsMax(), over="token"), Clip()) if static else token.but(grid=Uniform(bits))
+    return Scheme(weight(match["w"], grain), inputs, token.but(grid=Uniform(int(match["kv"]))) if match["kv"] else None)
+
+
+def weight(bits: str | float, grain: Grain | None = None) -> Quant:
+    """The Quant of a weight at so many bits, as in the table above.
+
+    >>> weight(4).grid
+    Uniform(bits=4, signed=True, narrow=False)
+    """
+    grain = PerChannel() if grain is None else grain
+    number = float(bits)
+    straight: Estimator = Ste()
+    if number == 1:
+        return Quant(Sign(), grain, AbsMean(), straight, refit=True)
+    if number == 1.58:
+        return Quant(Ternary(), grain, AbsMean(), straight)
+    if number not in range(2, 9):
+        raise QuantError(f"weights take 1, 1.58 or 2 to 8 bits, not {bits}")
+    return Quant(Uniform(int(number)), grain, Learned(AbsMean(2.0, per_root=True)), Clip())
