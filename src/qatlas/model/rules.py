@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.error import QuantError, RuleError, nearest
+from ..core.error import FormatError, QuantError, RuleError, nearest
 from ..core.noun import Noun
 from ..core.quantizer import Quant, Quantizer
 from ..core.scheme import scheme
@@ -210,7 +210,10 @@ def _fitted(model: nn.Module, plan: dict[str, Slots], target: str) -> dict[str, 
             continue
         weight: Any = model.get_submodule(name).weight
         shape = tuple(weight.T.shape if reachable(model)[name] is QTransposed else weight.shape)
-        out[name] = slots.but(weight=form.fit(slots.weight, kind, shape, name))
+        try:
+            out[name] = slots.but(weight=form.fit(slots.weight, kind, shape))
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from None
     return out
 
 
