@@ -140,7 +140,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Dense LSB-first packing of the last axis: (..., n) uint8 codes -> (..., ceil(n bits / 8)) bytes.
 
     >>> pack_bits(torch.tensor([1, 2, 3, 0, 1]), 2)
-    tensor([57,   1], dtype=torch.uint8)
+    tensor([57,  1], dtype=torch.uint8)
     """
     if not 1 <= bits <= 8:
         raise QuantError(f"packing takes 1 to 8 bits, not {bits}")
