@@ -116,6 +116,10 @@ class Uniform(Grid):
     def snap(self, u: Tensor) -> Tensor:
         return u.round().clamp(self.low, self.high) + 0.0
 
+    def inside(self, u: Tensor, margin: float = 0.0) -> Tensor:
+        """As everywhere; with margin 0.5 where rounding alone lands on the grid, ties as rounding breaks them (7.5 -> 8 is outside of 4 bits)."""
+        return super().inside(u.round()) if margin == 0.5 else super().inside(u, margin)
+
     def encode(self, v: Tensor) -> Tensor:
         return self._codes(v - (self.low - self.narrow))          # a narrow grid keeps the code of the full one
 
