@@ -1,0 +1,106 @@
+"""Optimizers as values: frozen specs that build a torch optimizer with one group for each role.
+
+    weights     matrices, kernels, embeddings          decay
+    norms       norms and biases                       no decay
+    scales      scales, zeros, offsets of quantizers   no decay, a learning rate of their own where asked
+
+Decay would pull a scale to zero, where it means nothing: a scale is a unit, not a size. Which parameters are trained is said by globs on their names; a
+glob that fits none is an error, what no glob fits is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.error import RuleError, nearest
+from ..core.noun import Noun
+
+STEPS = frozenset({"scale", "zero", "offset"})
+ROLES = ("weights", "norms", "scales")
+
+
+@dataclass(frozen=True)
+class Optimizer(Noun):
+    """What optimizers share: lr, decay of weights, and scale_lr, the learning rate of scales (None: lr)."""
+
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    scale_lr: float | None = None
+
+    def build(self, model: nn.Module, names: Mapping[nn.Parameter, str]) -> torch.optim.Optimizer:
+        """A torch optimizer over `names` (parameter -> name, see `trained`), groups with `role` and `base_lr`."""
+        return self.make(groups(model, names, self.lr, self.weight_decay, self.scale_lr))
+
+    def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The torch optimizer over finished groups."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class AdamW(Optimizer):
+    """Adam with decoupled decay (Loshchilov and Hutter, 2017, arXiv 1711.05101)."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, betas=tuple(self.betas), eps=self.eps)
+
+
+@dataclass(frozen=True)
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum."""
+
+    lr: float = 1e-2
+    momentum: float = 0.9
+    nesterov: bool = False
+
+    def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, momentum=self.momentum, nesterov=self.nesterov)
+
+
+def trained(model: nn.Module, train: str | Sequence[str]) -> dict[nn.Parameter, str]:
+    """The parameters that a glob or some globs fit -> their first names. Tied parameters are found under each of their names.
+
+    Raises:
+        RuleError: a glob that fits nothing, with the nearest names.
+
+    >>> list(trained(nn.Linear(2, 2), "*bias").values())
+    ['bias']
+    """
+    patterns = [train] if isinstance(train, str) else list(train)
+    named = list(model.named_parameters(remove_duplicate=False))
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name, _ in named):
+            close = nearest(pattern, [name for name, _ in named]) or [name for name, _ in named[:3]]
+            raise RuleError(f"train={pattern!r} fits no parameter.\n  nearest names: {', '.join(close)}\n"
+                            "  A pattern that fits nothing would leave parameters frozen unseen; take it out or mend the name.")
+    wanted = {id(p) for name, p in named if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    return {p: name for name, p in model.named_parameters() if id(p) in wanted}
+
+
+def role(model: nn.Module, name: str, parameter: nn.Parameter) -> str:
+    """weights, norms or scales."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in STEPS and (hasattr(module, "quant") or hasattr(module, "qtensor")):       # a Quantizer, or a packed layer; not a norm that calls its gain scale
+        return "scales"
+    return "norms" if parameter.dim() < 2 else "weights"
+
+
+def groups(model: nn.Module, names: Mapping[nn.Parameter, str], lr: float, weight_decay: float, scale_lr: float | None = None) -> list[dict[str, Any]]:
+    """Parameter groups by role, in the order of ROLES; empty ones are left out."""
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in ROLES}
+    for parameter, name in names.items():
+        members[role(model, name, parameter)].append(parameter)
+    rate = {"scales": lr if scale_lr is None else scale_lr}
+    return [
+        {"params": found, "role": kind, "lr": rate.get(kind, lr), "base_lr": rate.get(kind, lr), "weight_decay": weight_decay if kind == "weights" else 0.0}
+        for kind, found in members.items() if found
+    ]
