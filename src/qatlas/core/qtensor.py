@@ -27,7 +27,7 @@ from .scale import Place, decode
 
 @dataclass
 class QTensor:
-    """codes (any shape) uint8; scale (grain's shape), Tensor or QTensor; zero (as scale) in codes' values or None; offset (as scale) in values or None."""
+    """codes uint8 (any shape); scale (the grain's shape), Tensor or QTensor; zero (grid values) or offset (values), shaped as the scale."""
 
     codes: Tensor
     scale: Tensor | QTensor
@@ -64,7 +64,7 @@ class QTensor:
     def dequantize(self) -> Tensor:
         """The tensor itself, fp32: s (v - z) or s v + m."""
         view = self.grain.view(self.values())
-        place = Place(*(None if t is None else t.to(view.dtype).unsqueeze(-1) for t in (self.steps, self.zero, self.offset)))
+        place = Place.of(self.steps, self.zero, self.offset, view.dtype)
         return self.grain.back(decode(view, place), self.shape)
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -140,7 +140,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Dense LSB-first packing of the last axis: (..., n) uint8 codes -> (..., ceil(n bits / 8)) bytes.
 
     >>> pack_bits(torch.tensor([1, 2, 3, 0, 1]), 2)
-    tensor([57,   1], dtype=torch.uint8)
+    tensor([57,  1], dtype=torch.uint8)
     """
     if not 1 <= bits <= 8:
         raise QuantError(f"packing takes 1 to 8 bits, not {bits}")

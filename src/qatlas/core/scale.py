@@ -12,7 +12,7 @@ values. What it measures is its class:
     Moving       a running average of another scale; a buffer, for static activations
     Learned      a parameter, started by another scale
 
-Each declares its *gradient*: "none" (recomputed and detached: BitNet, QuEST), "statistic" (flows on into x through the statistic: AECCT), or "clipped"
+Each declares its *gradient*: "none" (recomputed and detached: BitNet, QuEST), "statistic" (flows on into x: AECCT), or "clipped"
 (LSQ's: v - u inside the grid, the end of the grid outside, times `factor`). `slope` is the rule; PACT and others override it.
 
 And each declares the *type* in which the artefact will store it. `cast` rounds the step to that type in the forward pass, masters stay fp32, so codes
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,11 @@ class Place(NamedTuple):
     s: Tensor
     zero: Tensor | None = None
     offset: Tensor | None = None
+
+    @classmethod
+    def of(cls, scale: Any, zero: Any, offset: Any, dtype: torch.dtype) -> Place:
+        """From state without the last axis."""
+        return cls(*(None if t is None else t.to(dtype).unsqueeze(-1) for t in (scale, zero, offset)))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -203,7 +208,7 @@ class MseSearch(Scale):
                 error = (y - x).abs().pow(self.power).mean(-1, keepdim=True)
                 better = error < least
                 least = torch.where(better, error, least)
-                best = Place(*(None if new is None else torch.where(better, new, old) for new, old in zip(trial, best, strict=True)))
+                best = Place(*(new if new is None else torch.where(better, new, old) for new, old in zip(trial, best, strict=True)))  # type: ignore
         return best
 
 
