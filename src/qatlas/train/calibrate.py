@@ -1,7 +1,8 @@
 """Calibration: the quantizers of activations see some batches, then decide their signedness and the start of their scales.
 
-While they observe, they let everything pass; quantizers that need nothing (weights, dynamic scales) work as ever. Ranks share the batches, and each
-quantizer is initialised from what all ranks saw, so all ranks start alike.
+While they observe, they let everything pass; quantizers that need nothing (weights, dynamic scales) work as ever. Every rank sees the same batches
+(a task is random access), so all ranks start alike without a word between them, also where an expert is met by few tokens; and the wrapping for
+several processes copies the first rank's state before the first step.
 """
 
 from __future__ import annotations
@@ -9,8 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.error import QuantError
 from ..core.grid import Uniform
@@ -36,43 +36,21 @@ def calibrate(model: nn.Module, task: Task, n: int = 8) -> int:
     waiting = pending(model)
     if not waiting:
         return 0
-    batches = task.calibration(n)
-    shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() <= len(batches)
-    if shared:
-        batches = batches[dist.get_rank() :: dist.get_world_size()]
     where = next((p.device for p in model.parameters()), torch.device("cpu"))
     for quantizer in waiting.values():
         quantizer.observe()
     try:
         with judged(model):
-            for batch in batches:
+            for batch in task.calibration(n):
                 task.logits(model, {name: value.to(where) for name, value in batch.items()})
+        unseen = [name for name, quantizer in waiting.items() if not quantizer.observed]
+        if unseen:
+            raise QuantError(f"{len(unseen)} of {len(waiting)} quantizers saw no input on {n} calibration batches: {', '.join(unseen[:8])}"
+                             f"{' ...' if unseen[8:] else ''}. They were never called; keep them in full precision, or give batches that reach them")
+        for quantizer in waiting.values():
+            quantizer.settle()
+            quantizer.to(where)
     finally:
-        unseen = [name for name, quantizer in waiting.items() if not settled(quantizer, gather if shared else None, where)]
-    if unseen:
-        raise QuantError(f"{len(unseen)} of {len(waiting)} quantizers saw no input on {n} calibration batches: {', '.join(unseen[:8])}{' ...' if unseen[8:] else ''}. "
-                         "Their layers were never called; keep them in full precision, or give batches that reach them")
+        for quantizer in waiting.values():
+            quantizer.observe(False)
     return len(waiting)
-
-
-def settled(quantizer: Quantizer, share: object, where: torch.device) -> bool:
-    """End the observation; whether there was any."""
-    if not quantizer.observed:
-        quantizer.forget()
-        return False
-    quantizer.settle(share)
-    quantizer.to(where)
-    return True
-
-
-def gather(seen: Tensor) -> Tensor:
-    """(groups, n) on each rank -> (groups, sum of all n), the same on every rank."""
-    where = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    mine = torch.tensor([seen.shape[-1]], device=where)
-    sizes = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, mine)
-    longest = max(int(size) for size in sizes)
-    padded = torch.nn.functional.pad(seen.to(where), (0, longest - seen.shape[-1])).contiguous()
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:, : int(size)] for part, size in zip(parts, sizes, strict=True)], -1).to(seen.device)

@@ -4,8 +4,8 @@ An address is one of
     builtin:docs        the text beside the zoo's language model (Python's documentation), already split
     a path              .txt .md; .jsonl .json .csv .parquet; .npz; or a directory that `datasets.load_dataset` understands
     a Hub id            through `datasets.load_dataset`, as "name" or "name:configuration"
-and a split other than the default is said by a second address. Where a source has no held-out part, the last twentieth is held out: of a text the last
-twentieth of its characters, of a table rows drawn once with a fixed seed.
+and a split other than the default is said by a second address. Where a source has no held-out part, the last twentieth is held out: of a text the
+last twentieth of its characters, of a table rows drawn once with a fixed seed.
 
 The fingerprint is the sha256 of the content, not of the path: the same data under another name resumes the same run. Nothing is ever unpickled.
 """
@@ -60,8 +60,8 @@ class Table:
         for rows in (self.train, self.held_out):
             for name in sorted(rows):
                 values = rows[name]
-                raw = [values.tobytes()] if isinstance(values, np.ndarray) else [v if isinstance(v, bytes) else json.dumps(v).encode() for v in values]
-                parts += [name.encode(), *raw]
+                array = isinstance(values, np.ndarray)
+                parts += [name.encode(), *([values.tobytes()] if array else (v if isinstance(v, bytes) else json.dumps(v).encode() for v in values))]
         return digest(parts)
 
 
@@ -107,17 +107,16 @@ def table(address: str, held_out: str | None = None, columns: Iterable[str] = ()
     held = _splits(held_out)[0] if held_out is not None else held
     if held is None:
         rows = _length(address, train)
-        order = np.random.default_rng(0).permutation(rows)
-        cut = rows - max(1, rows // HELD) if rows > 1 else rows
+        order = np.random.default_rng(0).permutation(rows)        # fixed: the held-out rows are the same for every seed
+        cut = rows - max(1, rows // HELD)
         train, held = _take(train, np.sort(order[:cut])), _take(train, np.sort(order[cut:]))
-    for place, rows in ((address, train), (held_out or address, held)):
-        missing = [name for name in columns if name not in rows]
+    for place, part in ((address, train), (held_out or address, held)):
+        missing = [name for name in columns if name not in part]
         if missing:
-            raise DataError(f"{place} has no column {', '.join(map(repr, missing))}; found: {', '.join(rows) or 'none'}. Rename the columns, or name those to read")
-        if _length(place, rows) == 0 and place != address:
-            raise DataError(f"{place} holds no rows")
-    if _length(address, train) == 0:
-        raise DataError(f"{address} holds no rows")
+            raise DataError(f"{place} has no column {', '.join(map(repr, missing))}; found: {', '.join(part) or 'none'}. "
+                            "Rename the columns, or name those to read")
+        if _length(place, part) == 0:
+            raise DataError(f"{place} holds no rows" + ("; one row is too few to hold one out" if rows_of(held) else ""))
     return Table(train, held)
 
 
@@ -148,7 +147,7 @@ def _splits(address: str) -> tuple[dict[str, Any], Any]:
         rows = reader(_existing(path))
     except DataError:
         raise
-    except Exception as error:                                    # each reader has its own family of errors; all mean that the file is not what its name says
+    except Exception as error:                                    # each reader has its own family of errors; all mean: not what its name says
         raise DataError(f"{address} cannot be read as {path.suffix}: {error}") from None
     if path.suffix == ".npz" and {"x_train", "y_train"} <= set(rows):
         held = {"x": rows["x_test"], "y": rows["y_test"]} if {"x_test", "y_test"} <= set(rows) else None
@@ -234,6 +233,11 @@ def _length(place: str, rows: dict[str, Any]) -> int:
     if len(set(lengths.values())) > 1:
         raise DataError(f"{place} has columns of unequal length: {lengths}")
     return next(iter(lengths.values()), 0)
+
+
+def rows_of(table: dict[str, Any]) -> int:
+    """The number of rows."""
+    return len(next(iter(table.values()), ()))
 
 
 def _take(rows: dict[str, Any], index: np.ndarray) -> dict[str, Any]:

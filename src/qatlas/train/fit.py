@@ -1,12 +1,13 @@
-"""fit: THE loop. Accumulation, precision, clipping, resume points and logging are all it knows; whatever else a method does is a loss, an optimizer or a tactic.
+"""fit: THE loop. Accumulation, precision, clipping, resume points and logging are all it knows; whatever else a method does is a loss, an optimizer
+or a tactic.
 
-The global batch of a step is `task.batch(step)`. Each rank takes its rows, cut into micro-batches; the loss of a micro-batch is weighted by its number of
-counted items (tokens with a label, rows) over that of the whole batch, so that
+The global batch of a step is `task.batch(step)`. Each rank takes its rows, cut into micro-batches; the loss of a micro-batch is weighted by its
+number of counted items (tokens with a label, rows) over that of the whole batch, so that
 
     sum_i  w_i / W  loss_i  =  the loss of the whole batch
 
-however the batch is cut, also where answers are of unequal length; no rank needs to ask another, since all know the whole batch. Masters are fp32: trained
-parameters in less are widened. The random state of the process is set from (seed, phase, rank) inside and given back afterwards.
+however the batch is cut, also where answers are of unequal length; no rank needs to ask another, since all know the whole batch. Masters are fp32:
+trained parameters in less are widened. The random state of the process is set from (seed, phase, rank) inside and given back afterwards.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from ..core.error import RunError
-from .optim import AdamW, Optimizer, trained
+from .optim import AdamW, Optimizer, only, trained
 from .resume import Phase, Point, described, fingerprint, load_optimizer, load_random, load_state, optimizer_state, random_state, state_of
-from .run import Run, bar, check_precision
+from .run import Run, agreed, bar, check_precision, gathered
 from .schedule import constant
 from .tactic import History, Loop, Loss, Pass, Tactic
 from .task import Batch, Task, moved
@@ -49,14 +51,14 @@ def fit(model: nn.Module, task: Task, *, train: str | Sequence[str] = "*", optim
     check_precision(run.precision, accelerator.device)
     trained(model, train) if not tactics else None                # a wrong glob fails before anything moves
     phase = run.phase("fit", {
-        "model": fingerprint(model), "task": task.fingerprint, "train": described(train), "optimizer": described(optimizer), "schedule": described(schedule),
-        "steps": steps, "loss": described(loss), "tactics": described(list(tactics)), "clip": clip})
+        "model": fingerprint(model), "task": task.fingerprint, "train": described(train), "optimizer": described(optimizer),
+        "schedule": described(schedule), "steps": steps, "loss": described(loss), "tactics": described(list(tactics)), "clip": clip})
     point = phase.read()
     model.to(accelerator.device)
     loop = Loop(model, task, steps, accelerator)
     gradients, outside = [(p, p.requires_grad) for p in model.parameters()], random_state()
     try:
-        torch.manual_seed(hash((run.seed, phase.number, accelerator.process_index)) % 2**63)
+        set_seed(hash((run.seed, phase.number, accelerator.process_index)) % 2**32)
         _begin(loop, train, optimizer, tactics, point)
         if point is None or not point.finished:
             _steps(loop, run, phase, schedule, objective, tactics, clip)
@@ -83,7 +85,7 @@ def _begin(loop: Loop, train: str | Sequence[str], optimizer: Optimizer, tactics
         loop.step, loop.history = point.step, History(**point.plain["history"])
     loop.names = trained(loop.model, train)
     for parameter in loop.model.parameters():
-        parameter.requires_grad_(parameter in loop.names and parameter.is_floating_point()) if parameter.is_floating_point() else None
+        parameter.requires_grad_(parameter in loop.names)
     for parameter in loop.names:
         if parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
@@ -94,7 +96,8 @@ def _begin(loop: Loop, train: str | Sequence[str], optimizer: Optimizer, tactics
     loop.refresh()
 
 
-def _steps(loop: Loop, run: Run, phase: Phase, schedule: Callable[[float], float], objective: Loss, tactics: Sequence[Tactic], clip: float | None) -> None:
+def _steps(loop: Loop, run: Run, phase: Phase, schedule: Callable[[float], float], objective: Loss, tactics: Sequence[Tactic],
+           clip: float | None) -> None:
     model, accelerator = loop.model, loop.accelerator
     wrapped = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
     model.train()
@@ -114,7 +117,7 @@ def _steps(loop: Loop, run: Run, phase: Phase, schedule: Callable[[float], float
                 accelerator.log({"loss": value, "lr": rate, "grad_norm": norm}, step=step)
             advance(f"loss {value:.4f}")
             loop.step = step + 1
-            if _agreed(accelerator, phase.due(step + 1)) and step + 1 < loop.steps:
+            if agreed(accelerator, phase.due(step + 1)) and step + 1 < loop.steps:
                 point = _point(loop, tactics)
                 phase.write(point) if accelerator.is_main_process else None
     if run.tensorboard:
@@ -139,9 +142,9 @@ def _step(loop: Loop, wrapped: nn.Module, run: Run, objective: Loss, tactics: Se
         grads = [p for p in loop.names if p.grad is not None]
         norm = float(nn.utils.clip_grad_norm_(grads, math.inf if clip is None else clip))
         if not (math.isfinite(losses[-1]) and math.isfinite(norm)):
-            raise RunError(f"step {loop.step}: the loss is {losses[-1]}, the norm of the gradient {norm}. Lower the learning rate, warm up, or look for a "
-                           "layer with too few bits; the weights are those before this step")
-        with _only(loop.optimizer, part.steps):
+            raise RunError(f"step {loop.step}: the loss is {losses[-1]}, the norm of the gradient {norm}. Lower the learning rate, warm up, "
+                           "or look for a layer with too few bits; the weights are those before this step")
+        with only(loop.optimizer, part.steps):
             loop.optimizer.step() if part.steps != () else None
         loop.refresh() if part.steps != () else None
     loop.optimizer.zero_grad()
@@ -153,8 +156,9 @@ def _step(loop: Loop, wrapped: nn.Module, run: Run, objective: Loss, tactics: Se
 def _backward(loop: Loop, wrapped: nn.Module, run: Run, objective: Loss, tactics: Sequence[Tactic]) -> float:
     """Forward and backward over this rank's micro-batches; the loss of the global batch."""
     accelerator, task = loop.accelerator, loop.task
-    ranks, rank = accelerator.num_processes, accelerator.process_index
-    rows = len(next(iter(loop.batch.values())))
+    ranks, rank, rows = accelerator.num_processes, accelerator.process_index, len(next(iter(loop.batch.values())))
+    if rows < ranks:
+        raise RunError(f"a batch of {rows} rows cannot be shared by {ranks} processes; give a larger batch")
     mine = range(rank * rows // ranks, (rank + 1) * rows // ranks)
     size, whole = run.micro or max(len(mine), 1), max(task.weight(loop.batch), 1)
     total = torch.zeros((), device=accelerator.device)
@@ -174,39 +178,14 @@ def _backward(loop: Loop, wrapped: nn.Module, run: Run, objective: Loss, tactics
 
 def _point(loop: Loop, tactics: Sequence[Tactic], finished: bool = False) -> Point:
     states = [tactic.state_dict() for tactic in tactics]
-    plain: dict[str, Any] = {"history": vars(loop.history), "tactics": [{k: v for k, v in state.items() if not isinstance(v, Tensor)} for state in states]}
+    rest = [{k: v for k, v in state.items() if not isinstance(v, Tensor)} for state in states]
+    plain: dict[str, Any] = {"history": vars(loop.history), "tactics": rest}
     own = {f"{i}.{k}": v for i, state in enumerate(states) for k, v in state.items() if isinstance(v, Tensor)}
     tensors = {"model.safetensors": state_of(loop.model)} | ({"tactics.safetensors": own} if own else {})
     if not finished:
         tensors["optimizer.safetensors"], plain["optimizer"] = optimizer_state(loop.optimizer, loop.names)
-        tensors["rng.safetensors"] = {name: _gathered(loop.accelerator, t) for name, t in random_state().items()}
+        tensors["rng.safetensors"] = {name: gathered(loop.accelerator, t) for name, t in random_state().items()}
     return Point(loop.step, finished, plain, tensors)
-
-
-def _gathered(accelerator: Accelerator, state: Tensor) -> Tensor:
-    """(n,) on each rank -> (ranks, the longest n)."""
-    if accelerator.num_processes == 1:
-        return state[None]
-    padded = accelerator.pad_across_processes(state[None].to(accelerator.device), dim=1)
-    return accelerator.gather(padded).cpu()
-
-
-def _agreed(accelerator: Accelerator, due: bool) -> bool:
-    """The first rank's word, on all ranks: clocks differ."""
-    if accelerator.num_processes == 1:
-        return due
-    return bool(accelerator.reduce(torch.tensor(float(due and accelerator.is_main_process), device=accelerator.device), "sum"))
-
-
-@contextlib.contextmanager
-def _only(optimizer: torch.optim.Optimizer, roles: tuple[str, ...] | None) -> Iterator[None]:
-    """Hide the gradients of groups of other roles from the optimizer."""
-    hidden = [(p, p.grad) for g in optimizer.param_groups if roles is not None and g["role"] not in roles for p in g["params"]]
-    for parameter, _ in hidden:
-        parameter.grad = None
-    yield
-    for parameter, grad in hidden:
-        parameter.grad = grad
 
 
 def _curves(accelerator: Accelerator) -> None:

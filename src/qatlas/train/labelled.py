@@ -36,27 +36,29 @@ class Labelled(Task):
         if self.regression:
             x, y = logits.flatten().double(), labels.flatten().double()
             return {"pearson": pearson(x, y), "spearman": pearson(ranks(x), ranks(y)), "loss": float((x - y).square().mean())}
-        chosen = logits.argmax(-1)
-        return {"accuracy": float((chosen == labels).double().mean()), "matthews": matthews(chosen, labels), "loss": float(loss.cross_entropy(logits, labels))}
+        chosen, mean = logits.argmax(-1), float(loss.cross_entropy(logits, labels))
+        return {"accuracy": float((chosen == labels).double().mean()), "matthews": matthews(chosen, labels), "loss": mean}
 
 
 class Classification(Labelled):
     """One or two sentences -> a class, or a number where the labels are fractions or `regression` says so.
 
-    source: an address of `data.table`, or a `data.Table`. columns: the sentences' columns; by default the first that fits of text; sentence1, sentence2;
-    question, sentence; premise, hypothesis; sentence. The labels' column is `label`.
+    source: an address of `data.table`, or a `data.Table`. columns: the sentences' columns; by default the first that fits of text; sentence1,
+    sentence2; question, sentence; premise, hypothesis; sentence. The labels' column is `label`.
 
     Raises:
         DataError: no rows, columns missing, labels that are missing or -1 (GLUE's hidden test labels).
     """
 
-    def __init__(self, source: str | data.Table, tokenizer: Any, *, columns: Sequence[str] = (), regression: bool | None = None, length: int = 128, batch: int = 16,
-                 held_out: str | None = None, target: str | None = None, extra_rules: Sequence[Any] = (), run: Run | None = None) -> None:
+    def __init__(self, source: str | data.Table, tokenizer: Any, *, columns: Sequence[str] = (), regression: bool | None = None,
+                 length: int = 128, batch: int = 16, held_out: str | None = None,
+                 target: str | None = None, extra_rules: Sequence[Any] = (), run: Run | None = None) -> None:
         super().__init__(batch, target, extra_rules, run)
         found = source if isinstance(source, data.Table) else data.table(source, held_out, [*columns, "label"])
         names = columns or next((c for c in SENTENCES if set(c) <= set(found.train)), ())
         if not names:
-            raise DataError(f"no column of sentences: found {', '.join(found.train)}; name them in columns=, or call them text, sentence or sentence1 and sentence2")
+            raise DataError(f"no column of sentences: found {', '.join(found.train)}; name them in columns=, "
+                            "or call them text, sentence, or sentence1 and sentence2")
         parts = [(part, _labels(part)) for part in (found.train, found.held_out)]
         fractions = any(isinstance(v, float) and v != int(v) for v in parts[0][1])
         self.regression = fractions if regression is None else regression
@@ -77,16 +79,17 @@ class Classification(Labelled):
 class Images(Labelled):
     """Images -> a class.
 
-    source: an address of `data.table`: .npz with x, y or x_train, y_train, x_test, y_test (uint8; (n, h, w) or (n, h, w, c)), or rows with a column `jpeg` or
-    `image` (encoded images) and `label`. mean, std: of each channel on the scale 0 to 1; by default those of the training part.
+    source: an address of `data.table`: .npz with x, y or x_train, y_train, x_test, y_test (uint8; (n, h, w) or (n, h, w, c)), or rows with a column
+    `jpeg` or `image` (encoded images) and `label`. mean, std: of each channel on the scale 0 to 1; by default those of the training part.
     mirror, shift: augmentation: half of the images mirrored, all moved by up to so many pixels; a function of (seed, step).
 
     Raises:
         DataError: no rows, no labels, images of unequal size. RunError: encoded images without Pillow.
     """
 
-    def __init__(self, source: str, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, mirror: bool = False, shift: int = 0, batch: int = 64,
-                 held_out: str | None = None, target: str | None = None, extra_rules: Sequence[Any] = (), run: Run | None = None) -> None:
+    def __init__(self, source: str, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, mirror: bool = False,
+                 shift: int = 0, batch: int = 64, held_out: str | None = None,
+                 target: str | None = None, extra_rules: Sequence[Any] = (), run: Run | None = None) -> None:
         super().__init__(batch, target, extra_rules, run)
         found = data.table(source, held_out)
         self.mirror, self.shift = mirror, shift
@@ -120,7 +123,8 @@ class Images(Labelled):
             moves = draw.integers(-self.shift, self.shift + 1, (len(x), 2))
             wide = nn.functional.pad(x, [self.shift] * 4)
             h, w = x.shape[-2:]
-            x = torch.stack([image[:, self.shift + a : self.shift + a + h, self.shift + b : self.shift + b + w] for image, (a, b) in zip(wide, moves, strict=True)])
+            corners = (moves + self.shift).tolist()
+            x = torch.stack([image[:, top : top + h, left : left + w] for image, (top, left) in zip(wide, corners, strict=True)])
         return x
 
 
@@ -166,9 +170,9 @@ def _labels(rows: dict[str, Any]) -> list[Any]:
     values = found.tolist() if isinstance(found, np.ndarray) else list(found)
     if not values:
         raise DataError("the labels are empty")
-    wrong = next((v for v in values if not isinstance(v, int | float) or v == -1), None) if not all(isinstance(v, float) for v in values) else None
-    if wrong is not None:
-        raise DataError(f"a label is {wrong!r}: labels are classes from 0 or numbers (-1 marks hidden labels of a test split; hold out another split)")
+    wrong = [v for v in values if not isinstance(v, int | float) or (v == -1 and not isinstance(v, float))]
+    if wrong:
+        raise DataError(f"a label is {wrong[0]!r}: labels are classes from 0, or numbers (-1 marks hidden labels of a test split: give another)")
     return values
 
 
@@ -181,7 +185,8 @@ def _pixels(source: str, rows: dict[str, Any]) -> Tensor:
             raise DataError(f"{source} has no images: found {', '.join(rows)}; wanted x (.npz), jpeg or image")
         decoded = [_decoded(value) for value in rows[column]]
         if len({image.shape for image in decoded}) > 1:
-            raise DataError(f"{source} holds images of several sizes: {', '.join(map(str, sorted({image.shape for image in decoded})))}; resize them first")
+            sizes = ", ".join(map(str, sorted({image.shape for image in decoded})))
+            raise DataError(f"{source} holds images of several sizes: {sizes}; resize them first")
         pixels = np.stack(decoded) if decoded else np.zeros((0, 1, 1, 1), np.uint8)
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
         raise DataError(f"{source} holds images as {pixels.dtype} of shape {pixels.shape}; wanted uint8, (n, h, w) or (n, h, w, c)")

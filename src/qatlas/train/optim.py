@@ -4,13 +4,14 @@
     norms       norms and biases                       no decay
     scales      scales, zeros, offsets of quantizers   no decay, a learning rate of their own where asked
 
-Decay would pull a scale to zero, where it means nothing: a scale is a unit, not a size. Which parameters are trained is said by globs on their names; a
-glob that fits none is an error, what no glob fits is frozen.
+Decay would pull a scale to zero, where it means nothing: a scale is a unit, not a size. Which parameters are trained is said by globs on their
+names; a glob that fits none is an error, what no glob fits is frozen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -50,7 +51,7 @@ class AdamW(Optimizer):
     eps: float = 1e-8
 
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups, betas=tuple(self.betas), eps=self.eps)
+        return torch.optim.AdamW(groups, betas=(self.betas[0], self.betas[1]), eps=self.eps)
 
 
 @dataclass(frozen=True)
@@ -89,18 +90,31 @@ def role(model: nn.Module, name: str, parameter: nn.Parameter) -> str:
     """weights, norms or scales."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    if leaf in STEPS and (hasattr(module, "quant") or hasattr(module, "qtensor")):       # a Quantizer, or a packed layer; not a norm that calls its gain scale
+    if leaf in STEPS and (hasattr(module, "quant") or hasattr(module, "qtensor")):         # a Quantizer or a packed layer, not a norm's gain
         return "scales"
     return "norms" if parameter.dim() < 2 else "weights"
 
 
-def groups(model: nn.Module, names: Mapping[nn.Parameter, str], lr: float, weight_decay: float, scale_lr: float | None = None) -> list[dict[str, Any]]:
+def groups(model: nn.Module, names: Mapping[nn.Parameter, str], lr: float, weight_decay: float,
+           scale_lr: float | None = None) -> list[dict[str, Any]]:
     """Parameter groups by role, in the order of ROLES; empty ones are left out."""
     members: dict[str, list[nn.Parameter]] = {name: [] for name in ROLES}
     for parameter, name in names.items():
         members[role(model, name, parameter)].append(parameter)
-    rate = {"scales": lr if scale_lr is None else scale_lr}
+    rate = {"weights": lr, "norms": lr, "scales": lr if scale_lr is None else scale_lr}
+    decay = {"weights": weight_decay, "norms": 0.0, "scales": 0.0}
     return [
-        {"params": found, "role": kind, "lr": rate.get(kind, lr), "base_lr": rate.get(kind, lr), "weight_decay": weight_decay if kind == "weights" else 0.0}
+        {"params": found, "role": kind, "lr": rate[kind], "base_lr": rate[kind], "weight_decay": decay[kind]}
         for kind, found in members.items() if found
     ]
+
+
+@contextmanager
+def only(optimizer: torch.optim.Optimizer, roles: tuple[str, ...] | None) -> Iterator[None]:
+    """Inside, the optimizer sees the gradients of groups of these roles only; None is all."""
+    hidden = [(p, p.grad) for g in optimizer.param_groups if roles is not None and g["role"] not in roles for p in g["params"]]
+    for parameter, _ in hidden:
+        parameter.grad = None
+    yield
+    for parameter, grad in hidden:
+        parameter.grad = grad

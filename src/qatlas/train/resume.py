@@ -5,20 +5,19 @@ A run is a row of numbered phases (each `fit`, each `reconstruct`). A phase in p
     out/state/phase-01/done/             model, tactics.safetensors     state.json
     out/state/phase-02/step-00000400/    model, optimizer, rng, tactics state.json
 
-A point is written into `.writing`, each file and the directory synced, then renamed: it is there whole or not at all, and the one before it is removed
-only afterwards. On resume finished phases are replayed from their models (a paper's function simply runs again: its verbs find what they had done), and
-the phase in progress goes on from its point. Batches are functions of the step (see task), so weights, optimizer, random states and the tactics' own
-state are all there is; what follows is bit-identical on the same machine with the same number of threads.
+A point is written into `.writing`, each file and the directory synced, then renamed: it is there whole or not at all, and the one before it is
+removed only afterwards. On resume finished phases are replayed from their models (a paper's function simply runs again: its verbs find what they
+had done), and the phase in progress goes on from its point. Batches are functions of the step (see task), so weights, optimizer, random states and
+the tactics' own state are all there is; what follows is bit-identical on the same machine with the same number of threads.
 
 state.json holds the phase's signature: all arguments, the data's fingerprint and a hash of the model that it started from. A point is used only where
-the signature is the same, the files have the length and the sha256 that state.json says, and all names and shapes fit; otherwise a CheckpointError, before
-anything was changed. Nothing is unpickled: safetensors and JSON only. A state kept for resuming is as large as the model, its moments and one copy while
-writing; so points are written by the clock, never more than a twentieth of the time (or every n steps where asked).
+the signature is the same, the files have the length and the sha256 that state.json says, and all names and shapes fit; otherwise a CheckpointError,
+before anything was changed. Nothing is unpickled: safetensors and JSON only. A state kept for resuming is as large as the model, its moments and
+one copy while writing; so points are written by the clock, never more than a twentieth of the time (or every n steps where asked).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -42,6 +41,7 @@ from ..core.quantizer import Quantizer
 
 Tensors = dict[str, Tensor]
 FORMAT = 1
+PLAIN = (bool, int, float, str, tuple, list, dict, Noun, type(None))
 SHARE = 20                                                        # writing takes at most one part in so many of the time
 SAMPLE = 2**20                                                    # elements of one tensor that the model's hash reads
 
@@ -130,7 +130,8 @@ class Phase:
         for name, entry in files.items():
             path = place / Path(name).name
             if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
-                raise CheckpointError(f"{path} is missing, truncated or changed: its length or sha256 is not what state.json says; remove {place} to start this phase anew")
+                raise CheckpointError(f"{path} is missing, truncated or changed: its length or sha256 is not what state.json says; "
+                                      f"remove {place} to start this phase anew")
             tensors[name] = load_file(path)
         return Point(step, finished, state, tensors)
 
@@ -178,9 +179,11 @@ def load_state(model: nn.Module, tensors: Tensors) -> None:
     open_ends = tuple(f"{name}." if name else "" for name, m in model.named_modules() if isinstance(m, Quantizer) and m.scale is None)
     wrong = [f"{name} is missing" for name in mine if name not in tensors]
     wrong += [f"{name} is not in the model" for name in tensors if name not in mine and not (open_ends and name.startswith(open_ends))]
-    wrong += [f"{name} is {tuple(tensors[name].shape)}, not {tuple(t.shape)}" for name, t in mine.items() if name in tensors and tensors[name].shape != t.shape]
+    shapes = [(name, tuple(tensors[name].shape), tuple(t.shape)) for name, t in mine.items() if name in tensors]
+    wrong += [f"{name} is {there}, not {here}" for name, there, here in shapes if there != here]
     if wrong:
-        raise CheckpointError(f"the saved state does not fit the model: {'; '.join(wrong[:5])}" + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CheckpointError(f"the saved state does not fit the model: {'; '.join(wrong[:5])}{more}")
     model.load_state_dict(tensors, strict=False)
 
 
@@ -199,7 +202,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[nn.Paramete
 def load_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], tensors: Tensors, plain: dict[str, Any]) -> None:
     """Put a state of `optimizer_state` back. Raises CheckpointError where a name or a shape does not fit."""
     places = {name: parameter for parameter, name in names.items()}
-    state: dict[nn.Parameter, dict[str, Any]] = {}
+    state: dict[Any, dict[str, Any]] = {}
     for full, value in {**plain, **tensors}.items():
         name, _, key = full.rpartition("::")
         if name not in places:
@@ -276,6 +279,5 @@ def described(value: Any) -> Any:
     kind = f"{type(value).__module__}:{type(value).__qualname__}"
     if isinstance(value, Tensor | nn.Module):
         return kind
-    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)} if dataclasses.is_dataclass(value) else getattr(value, "__dict__", {})
-    plain = {key: item for key, item in fields.items() if not key.startswith("_") and isinstance(item, bool | int | float | str | tuple | list | Noun | type(None))}
-    return {"is": kind, **{key: described(item) for key, item in plain.items()}}
+    public = {key: item for key, item in getattr(value, "__dict__", {}).items() if not key.startswith("_")}
+    return {"is": kind, **{key: described(item) for key, item in public.items() if isinstance(item, PLAIN)}}

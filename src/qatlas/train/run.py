@@ -10,12 +10,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..core.error import RunError
 from .resume import Phase
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 LEFT = ("state", "record.json", "model.safetensors", "report.html", "exports")    # what tells that a directory holds a run
 PRECISIONS = ("no", "bf16")
@@ -100,3 +104,18 @@ def check_precision(precision: str, device: torch.device) -> None:
         able = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if not able:
         raise RunError(f"this {device.type} computes no bfloat16 (it would be emulated, several times slower than fp32); take precision='no'")
+
+
+def gathered(accelerator: Accelerator, state: Tensor) -> Tensor:
+    """(n,) on each rank -> (ranks, the longest n)."""
+    if accelerator.num_processes == 1:
+        return state[None]
+    padded = accelerator.pad_across_processes(state[None].to(accelerator.device), dim=1)
+    return accelerator.gather(padded).cpu()
+
+
+def agreed(accelerator: Accelerator, due: bool) -> bool:
+    """The first rank's word, on all ranks: clocks differ."""
+    if accelerator.num_processes == 1:
+        return due
+    return bool(accelerator.reduce(torch.tensor(float(due and accelerator.is_main_process), device=accelerator.device), "sum"))

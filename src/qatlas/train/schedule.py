@@ -1,7 +1,7 @@
 """Schedules: the factor on the learning rate as a pure function of progress.
 
-Progress is the middle of the step as a part of the run, (step + 1/2) / steps, in (0, 1): so neither the first step of a warm-up nor the last of a decay
-to zero is lost. A schedule is any function of it; those here are values, which resume points can compare.
+Progress is the middle of the step as a part of the run, (step + 1/2) / steps, in (0, 1): so neither the first step of a warm-up nor the last of a
+decay to zero is lost. A schedule is any function of it; those here are values, which resume points can compare.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@
     after    at the end of a step, when the weights have been written
 
 Several tactics act in the order in which they were given. A tactic of strength zero leaves the run bit-identical (law 5). What it remembers across
-steps goes through state_dict (tensors and plain values); `load_state_dict` is called after `start` and before the weights are loaded, so it may restore
-a structure that has changed along the way.
+steps goes through state_dict (tensors and plain values); `load_state_dict` is called after `start` and before the weights are loaded, so it may
+restore a structure that has changed along the way.
 
 SAM, for instance, is the two passes [Pass(steps=()), Pass(enter=climb)], with `grads` climbing down after the second; training several bit-widths in
 turn is [Pass(enter=eight), Pass(enter=four), Pass(enter=two)], each stepping by itself.
@@ -36,7 +36,8 @@ Loss = Callable[[nn.Module, "Batch"], Tensor]
 
 @dataclass
 class History:
-    """What a fit leaves behind, one entry a step: mean loss, learning rate of the first group, norm of the gradient before clipping, seconds, items."""
+    """What a fit leaves behind, one entry a step: mean loss, learning rate of the first group, norm of the gradient before clipping, seconds,
+    items."""
 
     loss: list[float] = field(default_factory=list)
     lr: list[float] = field(default_factory=list)

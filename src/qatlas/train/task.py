@@ -1,14 +1,16 @@
 """Task: what is learned, from what, and how it is judged.
 
-A task is random access: `batch(step)` is a pure function of (seed, step). Item k of the endless stream is row p_e[k mod n] of epoch e = k div n, where p_e is a
-permutation seeded by (seed, e). So a resumed run needs no loader state, every rank can slice the same global batch, and two papers see the same data.
+A task is random access: `batch(step)` is a pure function of (seed, step). Item k of the endless stream is row p_e[k mod n] of epoch e = k div n,
+where p_e is a permutation seeded by (seed, e). So a resumed run needs no loader state, every rank can slice the same global batch, and two papers
+see the same data.
 
     LanguageModelling   text cut into windows                      perplexity
     Chat                conversations; the loss hears only answers perplexity of the answers
     Classification      one or two sentences -> class or number    accuracy, Matthews | Pearson, Spearman
     Images              images -> class                            accuracy
 
-What all papers share rides on the task: the target of export, the user's rules, and the run (seed, precision, where to save). Constructors fail early.
+What all papers share rides on the task: the target of export, the user's rules, and the run (seed, precision, where to save). Constructors fail
+early.
 """
 
 from __future__ import annotations
@@ -147,23 +149,25 @@ class LanguageModelling(Task):
 class Chat(LanguageModelling):
     """Conversations, of which only the assistant's answers are learned.
 
-    messages: an address of a table with a column `messages` (a list of {"role", "content"}) or columns `prompt` and `response`; or such lists themselves.
-    Context and answer are tokenized apart, as they are when the model is used: a token never spans the two, and the mask is exact. Where a template
-    rewrites earlier turns as the conversation grows (it drops old reasoning), only the last answer is learned. Without a template: "User: ...\\nAssistant: ...".
+    messages: an address of a table with a column `messages` (a list of {"role", "content"}) or columns `prompt` and `response`; or such lists
+    themselves. Context and answer are tokenized apart, as they are when the model is used: a token never spans the two, and the mask is exact.
+    Where a template rewrites earlier turns as the conversation grows (it drops old reasoning), only the last answer is learned. Without a template:
+    "User: ...\\nAssistant: ...".
 
     Raises:
         DataError: no conversation with an answer within `length` tokens.
     """
 
-    def __init__(self, messages: str | Sequence[Sequence[dict[str, str]]], tokenizer: Any, *, length: int = 512, batch: int = 8, held_out: str | None = None,
-                 target: str | None = None, extra_rules: Sequence[Any] = (), run: Run | None = None) -> None:
+    def __init__(self, messages: str | Sequence[Sequence[dict[str, str]]], tokenizer: Any, *, length: int = 512, batch: int = 8,
+                 held_out: str | None = None, target: str | None = None, extra_rules: Sequence[Any] = (), run: Run | None = None) -> None:
         Task.__init__(self, batch, target, extra_rules, run)
         self.length, self.padding = length, getattr(tokenizer, "pad_token_id", None) or 0
         parts = _conversations(messages, held_out)
         self.examples = [[e for e in (_masked(tokenizer, talk, length) for talk in part) if any(e[1][1:])] for part in parts]
         for part, kept, name in zip(parts, self.examples, ("training", "held-out"), strict=True):
             if not kept:
-                raise DataError(f"none of {len(part)} {name} conversations has an assistant's answer within {length} tokens; give a larger length, or other data")
+                raise DataError(f"none of {len(part)} {name} conversations has an assistant's answer within {length} tokens; "
+                                "give a larger length, or other data")
         self.rows, self.held_rows = map(len, self.examples)
         self._mark(length, data.digest(repr(self.examples).encode() for _ in "1"))
 
@@ -269,5 +273,5 @@ def _pieces(tokenizer: Any, talk: list[dict[str, str]]) -> list[tuple[str, bool]
             done = full
         else:
             return pieces
-    raise DataError("the tokenizer's chat template does not put an answer behind the prompt that it renders for it, so its tokens cannot be told apart; "
-                    "give a tokenizer with another template")
+    raise DataError("the tokenizer's chat template does not put an answer behind the prompt that it renders for it, "
+                    "so its tokens cannot be told apart; give a tokenizer with another template")

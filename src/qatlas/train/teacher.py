@@ -3,8 +3,8 @@
     Teacher(model)        another model, or a frozen copy of the student as it is now (Teacher.of)
     SelfTeacher(model)    the student's own weights with its quantizers off, at this very moment: no second copy in memory, and it moves along
 
-A teacher maps a batch to logits, in eval mode and without a graph. `Distil` makes a loss of it, for `fit(loss=...)`. A teacher is not part of a resume
-point: it is made again from where the paper took it.
+A teacher maps a batch to logits, in eval mode and without a graph. `Distil` makes a loss of it, for `fit(loss=...)`. A teacher is not part of a
+resume point: it is made again from where the paper took it.
 """
 
 from __future__ import annotations
