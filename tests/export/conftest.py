@@ -72,7 +72,7 @@ def checkpoint(model, quant, tokenizer=None):
     for name, weight in model.state_dict().items():
         if model.config.tie_word_embeddings and name == "lm_head.weight":
             continue
-        tensors[name] = quant.quantize(weight) if quant is not None and name.split(".")[-2] in MATRICES else weight.clone()
+        tensors[name] = quant.quantize(weight) if quant is not None and name.endswith("weight") and name.split(".")[-2] in MATRICES else weight.clone()
     model.load_state_dict({name: t if isinstance(t, torch.Tensor) else t.dequantize() for name, t in tensors.items()}, strict=False)
     return Checkpoint(model.config.to_dict(), tensors, tokenizer, "tiny")
 

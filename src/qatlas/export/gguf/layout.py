@@ -42,7 +42,7 @@ class Layout:
         """q (N, K) integers, d (N, K / size) steps that fp16 holds -> (N, bytes of a row) uint8.
 
         >>> LAYOUTS["q4_0"].pack(torch.arange(-8, 8).repeat(1, 2), torch.ones(1, 1))[0, :6]
-        tensor([  0,  60,   0,  17,  34,  51], dtype=torch.uint8)
+        tensor([ 0, 60,  0, 17, 34, 51], dtype=torch.uint8)
         """
         codes = self.spread(q.to(torch.int16).unflatten(-1, (-1, self.size)))                  # (N, blocks, n)
         step = d.to(torch.float16).contiguous().view(torch.uint8).unflatten(-1, (-1, 2))       # (N, blocks, 2), little endian

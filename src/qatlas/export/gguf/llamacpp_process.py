@@ -23,6 +23,8 @@ def main() -> None:
     params.model.path = request["path"]
     params.n_ctx, params.n_parallel, params.n_gpu_layers = request["context"], 1, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = request["threads"]
+    kind = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.cache_type_k, params.cache_type_v, params.flash_attn_type = kind, kind, xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.warmup, params.enable_chat_template, params.api_keys = False, False, [key]
     server = xllamacpp.Server(params)
     answers = [_answer(server, key, job) for job in request["jobs"]]
