@@ -181,6 +181,9 @@ class Stretched(Grid):
     def __post_init__(self) -> None:
         if self.levels < 2:
             raise QuantError(f"Stretched needs at least 2 levels, not {self.levels}")
+        if not 1 - 2 / self.levels < self.clip < 1:
+            raise QuantError(f"Stretched({self.levels}) with clip {self.clip} never reaches its last level, or rounds beyond it; "
+                             f"take a clip between {1 - 2 / self.levels:.4g} and 1")
 
     @property
     def bits(self) -> int:
