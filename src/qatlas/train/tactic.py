@@ -114,6 +114,11 @@ class Loop:
 class Tactic:
     """Does nothing. Override what the method needs. Every argument of the constructor should be kept as an attribute: resume points compare them."""
 
+    @classmethod
+    def idle(cls) -> Tactic:
+        """One of strength zero: it must leave a run bit-identical (law 5). Override it where the first argument is not the strength."""
+        return cls(0.0)  # type: ignore[call-arg]
+
     def start(self, loop: Loop) -> None:
         """Once, before the optimizer is built."""
 
