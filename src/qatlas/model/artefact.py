@@ -4,8 +4,8 @@
                           (in the type in which the Quant declares it stored, where that loses nothing, else fp32), `.zero` or `.offset`
     quantization_config   {"quant_method": "qatlas", "version": 1, "dtype": ..., "layers": {NAME: meta}, "rules": [...]}
 
-A layer's meta is `Packed.to_meta()`; with {"same": OTHER} two names are one module, and with "tied": OTHER two layers share one Store (an embedding and
-its head). A layer whose weight is in full precision and whose input is not has {"layer": "QLinear", "slots", "quants"} and its weight as it was.
+A layer's meta is `Packed.to_meta()`; with {"same": OTHER} two names are one module, and with "tied": OTHER two layers share one Store (an embedding
+and its head). A layer whose weight is in full precision and whose input is not has {"layer": "QLinear", "slots", "quants"} and its weight as it was.
 
 Reading is in three steps, none of which changes a model: `rebuild` makes empty layers from the metas, on the meta device, `expected` lists what the
 model would hold with them, `check` compares that with the headers of the files. Only then does anyone write into a model.
@@ -221,7 +221,7 @@ def header(files: Iterable[Path | str]) -> dict[str, tuple[tuple[int, ...], str]
                                   "(model.save_pretrained writes them)")
         try:
             with safe_open(str(file), "pt") as data:
-                for name in data.keys():                          # noqa: SIM118: not a dict
+                for name in list(data.keys()):
                     part = data.get_slice(name)
                     out[name] = (tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:

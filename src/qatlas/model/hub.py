@@ -39,13 +39,14 @@ class Config(QuantizationConfigMixin):
     def __init__(self, quant_method: str = artefact.METHOD, version: int = artefact.VERSION, dtype: str = "float32",
                  layers: Mapping[str, Any] | None = None, rules: Any = (), **rest: Any) -> None:
         if quant_method != artefact.METHOD:
-            raise CheckpointError(f"quant_method is {quant_method!r}, not 'qatlas': this model was quantized by another library; load it with that one")
+            raise CheckpointError(f"quant_method is {quant_method!r}, not 'qatlas': another library quantized this model; load it with that one")
         if version != artefact.VERSION or rest:
             found = f"version {version}" + (f" with {', '.join(sorted(rest))}" if rest else "")
             raise CheckpointError(f"this checkpoint is of {found}; this qatlas reads version {artefact.VERSION}. Install the qatlas that wrote it")
         if not isinstance(layers, Mapping) or not layers:
             raise CheckpointError("quantization_config has no layers: the model would load without a single quantized tensor. Save it again")
-        self.quant_method, self.version, self.dtype = quant_method, version, dtype
+        self.quant_method: Any = quant_method
+        self.version, self.dtype = version, dtype
         self.layers, self.rules = dict(layers), list(rules)
 
     def __repr__(self) -> str:

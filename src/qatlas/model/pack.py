@@ -131,8 +131,9 @@ def load_packed(path: Path | str, dtype: torch.dtype | str = "auto") -> nn.Modul
     names = config.get("architectures") or []
     cls = getattr(transformers, names[0], None) if names else None
     if cls is None:
-        raise CheckpointError(f"{path} holds {names[0] if names else (config.get('qatlas') or {}).get('class', 'a model')}, which transformers cannot "
-                              "build; build it yourself in full precision and call load_into(model, path)")
+        found = names[0] if names else (config.get("qatlas") or {}).get("class", "a model")
+        raise CheckpointError(f"{path} holds {found}, which transformers cannot build; "
+                              "build it in full precision and call load_into(model, path)")
     _files(path)
     return cls.from_pretrained(str(path), dtype=dtype, local_files_only=True, use_safetensors=True)
 
@@ -177,10 +178,10 @@ def read_config(path: Path | str) -> dict[str, Any]:
         raise CheckpointError(f"{path} has no config.json (found: {found}); give a directory that qatlas.save has written") from None
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); copy or save it again") from None
-    found = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(found, dict):
+    ours = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(ours, dict):
         raise CheckpointError(f"{path} holds a model in full precision (config.json has no quantization_config); use load(path)")
-    hub.Config.from_dict(found)
+    hub.Config.from_dict(ours)
     return config
 
 
@@ -202,7 +203,8 @@ def _quantized(model: nn.Module) -> nn.Module:
 
 def _rules(model: nn.Module) -> list[Any]:
     before = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    return [_json(rule) for rule in getattr(model, "qatlas_rules", None) or getattr(before, "rules", ())]
+    rules: Any = getattr(model, "qatlas_rules", None) or getattr(before, "rules", ())
+    return [_json(rule) for rule in rules]
 
 
 def _json(rule: Any) -> Any:
