@@ -22,7 +22,8 @@ def tokenizer_dir(tmp_path_factory):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(TEXT * 10, trainer)
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -57,11 +58,12 @@ def sentencepiece_like(folder):
 
 def llama(tied=False, **changes):
     torch.manual_seed(0)
-    config = LlamaConfig(**{**dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=310,
-                                   max_position_embeddings=128, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0), **changes})
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "vocab_size": 310, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0}
+    config = LlamaConfig(tie_word_embeddings=tied, **{**sizes, **changes})
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for weight in model.parameters():
             weight.copy_(torch.randn_like(weight) * 0.06 if weight.dim() == 2 else 1 + 0.1 * torch.randn_like(weight))
     return model
 
@@ -72,7 +74,8 @@ def checkpoint(model, quant, tokenizer=None):
     for name, weight in model.state_dict().items():
         if model.config.tie_word_embeddings and name == "lm_head.weight":
             continue
-        tensors[name] = quant.quantize(weight) if quant is not None and name.endswith("weight") and name.split(".")[-2] in MATRICES else weight.clone()
+        matrix = name.endswith("weight") and name.split(".")[-2] in MATRICES
+        tensors[name] = quant.quantize(weight) if matrix and quant is not None else weight.clone()
     model.load_state_dict({name: t if isinstance(t, torch.Tensor) else t.dequantize() for name, t in tensors.items()}, strict=False)
     return Checkpoint(model.config.to_dict(), tensors, tokenizer, "tiny")
 

@@ -6,8 +6,8 @@ What each tensor becomes, `plan` tells before anything is written:
     1-D (norms, biases)      F32
     other plain tensors      F16 where fp16 holds every value, else F32 (embeddings, heads, layers that a rule kept in full precision)
 
-A tied head is left out: readers take the embeddings. Nothing is rounded on the way: a tensor that the target cannot hold is refused before the file is
-begun, and the file appears under its name only when it is whole (written aside, synced, renamed); one that exists is not overwritten.
+A tied head is left out: readers take the embeddings. Nothing is rounded on the way: a tensor that the target cannot hold is refused before the
+file is begun, and the file appears under its name only when it is whole (written aside, synced, renamed); one that exists is not overwritten.
 """
 
 from __future__ import annotations
@@ -100,9 +100,10 @@ def read(path: str | Path) -> dict[str, Tensor]:
     import gguf
 
     reader = open_file(path)
-    architecture, heads, kv_heads = (field(reader, key) for key in ("general.architecture", "llama.attention.head_count", "llama.attention.head_count_kv"))
+    architecture = field(reader, "general.architecture")
     if architecture not in llama.ARCHITECTURES:
         raise FormatError(f"{path} holds the architecture {architecture!r}; the GGUF reader knows {', '.join(llama.ARCHITECTURES)}")
+    heads, kv_heads = (field(reader, f"llama.attention.{key}") for key in ("head_count", "head_count_kv"))
     out = {}
     for tensor in reader.tensors:
         name = llama.to_hf(tensor.name)
