@@ -1,7 +1,7 @@
 import gguf
 import pytest
 import torch
-from conftest import MATRICES, checkpoint, llama
+from tiny_llama import MATRICES, checkpoint, llama
 
 from qatlas.core.error import FormatError
 from qatlas.core.grain import Group, PerChannel, PerTensor
@@ -51,7 +51,7 @@ def test_readers_give_back_the_trained_weights(case, tied, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("case", QUANTS)
+@pytest.mark.parametrize("case", ["q8_0", "q4_0", "tq2_0", "half steps in q4_0", "affine in f32", "ternary in f16"])
 def test_transformers_computes_the_same_logits(case, tmp_path, tokenizer_dir):
     from transformers import AutoModelForCausalLM
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import MATRICES, TEXT, checkpoint, llama
+from tiny_llama import MATRICES, TEXT, checkpoint, llama
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qatlas.core.error import FormatError

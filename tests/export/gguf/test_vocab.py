@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from conftest import checkpoint, llama, sentencepiece_like
+from tiny_llama import checkpoint, llama, sentencepiece_like
 
 from qatlas.core.error import FormatError
 from qatlas.export.gguf import vocab
