@@ -145,6 +145,11 @@ def test_a_refusal_leaves_nothing_behind(case, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_unknown_target(tmp_path):
+    with pytest.raises(FormatError, match="nearest: gguf:q4_0"):
+        write(checkpoint(llama(), None), tmp_path / "m.gguf", "q4_1")
+
+
 def test_dense_fp16_does_not_round(tmp_path):
     with pytest.raises(FormatError, match="fp16 would round"):
         write(checkpoint(llama(), None), tmp_path / "m.gguf", "f16")

@@ -9,9 +9,9 @@ import torch
 from tiny_llama import MATRICES, TEXT, checkpoint, llama
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from qatlas.core.error import FormatError
+from qatlas.core.error import FormatError, RunError
 from qatlas.core.scheme import weight
-from qatlas.export.gguf import TARGETS, fit, llamacpp, vocab, write
+from qatlas.export.gguf import TARGETS, fit, llamacpp, read, vocab, write
 
 pytestmark = pytest.mark.skipif(not llamacpp.available(), reason='llama.cpp is not here: pip install "qatlas[llamacpp]"')
 
@@ -75,6 +75,22 @@ def test_without_the_permutation_llama_cpp_computes_something_else(tmp_path, tok
     model = llama()
     path = write(checkpoint(model, None, tokenizer_dir), tmp_path / "m.gguf", "f32")
     assert compare(model, path, [list(range(40, 80))])[0] > 0.01
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+                                  {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                   "original_max_position_embeddings": 64}], ids=["linear", "llama3"])
+def test_rotary_scaling(rope, tmp_path, tokenizer_dir):
+    model = llama(rope_parameters=rope)
+    made = checkpoint(model, None, tokenizer_dir)
+    path = write(made, tmp_path / "m.gguf", "f32")
+    assert compare(model, path, [list(range(20, 110))])[0] < 1e-4 and read(path).keys() == made.tensors.keys()
+
+
+def test_without_the_wheel_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(llamacpp, "available", lambda: False)
+    with pytest.raises(RunError, match=r"qatlas\[llamacpp\]"):
+        llamacpp.tokenize(write(checkpoint(llama(), None), tmp_path / "m.gguf", "f32"), ["a"])
 
 
 def test_generates_what_our_model_would(tmp_path, tokenizer_dir):
