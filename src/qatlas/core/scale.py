@@ -132,7 +132,7 @@ class AbsMax(Scale):
     reach: float | None = None
 
     def measure(self, x: Tensor, grid: Grid) -> Place:
-        return Place(x.abs().amax(-1, keepdim=True) / (grid.high if self.reach is None else self.reach))
+        return Place(x.abs().amax(-1, keepdim=True) / (_end(grid) if self.reach is None else self.reach))
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class Percentile(Scale):
         below = math.floor(place)
         order = x.abs().sort(-1).values
         low, high = order[..., below : below + 1], order[..., min(below + 1, x.shape[-1] - 1)][..., None]
-        return Place(torch.lerp(low, high, place - below) / grid.high)
+        return Place(torch.lerp(low, high, place - below) / _end(grid))
 
 
 @dataclass(frozen=True)
@@ -245,6 +245,11 @@ class Learned(Scale):
 
     def measure(self, x: Tensor, grid: Grid) -> Place:
         return self.start.measure(x, grid)
+
+
+def _end(grid: Grid) -> float:
+    """The end on which the largest value lands: the high one, or the low one of a grid that has nothing above zero (one signed bit)."""
+    return grid.high or -grid.low
 
 
 @lru_cache
