@@ -13,7 +13,7 @@ from typing import Any
 
 import qatlas
 from qatlas.core.grain import Block, Group, PerChannel, PerTensor
-from qatlas.core.grid import Uniform
+from qatlas.core.grid import Float, Uniform
 from qatlas.core.noun import Noun
 from qatlas.core.quantizer import Quant
 from qatlas.core.scale import AbsMax
@@ -30,7 +30,8 @@ MORE: dict[str, list[dict[str, Any]]] = {
     "Float": [{"exponent": 4, "mantissa": 3}, {"exponent": 3, "mantissa": 2}],
     "PerChannel": [{"axis": -1}],
     "MinMax": [{"zero": "offset"}],
-    "AbsMax": [{"reach": 127.5}, {"dtype": "float16"}, {"dtype": "float8_e8m0fnu"}, {"nested": Quant(Uniform(6, False), PerTensor(), AbsMax())}],
+    "AbsMax": [{"reach": 127.5}, {"dtype": "float16"}, {"dtype": "float8_e8m0fnu"}, {"nested": Quant(Uniform(6, False), PerTensor(), AbsMax())},
+               {"nested": Quant(Float(4, 3), PerTensor(), AbsMax())}],
     "AbsMean": [{"times": 2.0, "per_root": True}],
     "Clip": [{"margin": 0.5}, {"at": 0.99}],
     "Hadamard": [{"seed": 1}, {"block": 4}],

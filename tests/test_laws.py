@@ -54,7 +54,7 @@ def fits(quant: Quant) -> bool:
 
 PAIRS = [Quant(grid, grain, AbsMax()) for grid in GRIDS for grain in GRAINS] \
     + [Quant(grid, PerChannel(), scale, refit=refit) for grid in (Uniform(4), Uniform(3, False), HalfStep(2), Ternary(), Sign()) for scale in SCALES
-       for refit in (False, True) if not (refit and scale.nested)] \
+       for refit in (False, True)] \
     + [Quant(Uniform(4, False), grain, start) for grain in GRAINS for start in (MinMax(), MinMax("offset"), Learned(MinMax()), Learned(MinMax("offset")))]
 
 
@@ -163,8 +163,8 @@ def test_law_10_a_learned_step_hears_its_declared_rule(grid: Grid, scale: Learne
 
 @pytest.mark.parametrize("scale", SCALES, ids=str)
 def test_law_10_a_recomputed_scale_is_deaf_unless_it_says_otherwise(scale: Scale) -> None:
-    if scale.keeps != "nothing" or scale.nested:
-        pytest.skip("kept, or two-level")
+    if scale.keeps != "nothing":
+        pytest.skip("kept")
     x, g = draw(0, 8, 32, dtype=torch.float64), draw(1, 8, 32, dtype=torch.float64)
     grads = []
     for rule in ("none", "statistic"):
