@@ -61,7 +61,7 @@ class Clip(Estimator):
 
 @dataclass(frozen=True)
 class Trust(Estimator):
-    """dx = g where |u - v| <= bound, else 0. QuEST's trust estimator (arXiv 2502.05003): where rounding is off by more, the gradient is not trusted."""
+    """dx = g where |u - v| <= bound, else 0. QuEST's (arXiv 2502.05003): where rounding is off by more, the gradient is not trusted."""
 
     bound: float = 0.5
 
@@ -70,19 +70,23 @@ class Trust(Estimator):
 
 
 class Snap(torch.autograd.Function):
-    """x (..., n), s, zero, offset (..., 1), shift (..., n) in steps or None -> y (..., n), by `quant`'s formula and gradients."""
+    """x (..., n), s, zero, offset (..., 1), shift (..., n) in steps or None -> y (..., n), by `quant`'s formula and gradients.
+
+    known (..., n): y where it has been computed already, of the same x; forward then returns it, and backward is the same.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, s: Tensor, zero: Tensor | None, offset: Tensor | None, shift: Tensor | None, quant: Quant, strength: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, s: Tensor, zero: Tensor | None, offset: Tensor | None, shift: Tensor | None,  # type: ignore[override]
+                known: Tensor | None, quant: Quant, strength: float) -> Tensor:
         ctx.quant, ctx.strength = quant, strength
         ctx.save_for_backward(x, s, zero, offset, shift)
-        return forward(x, Place(s, zero, offset), shift, quant)[0]
+        return forward(x, Place(s, zero, offset), shift, quant)[0] if known is None else known.detach()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, s, zero, offset, shift = ctx.saved_tensors
         grads = pull(g, x, Place(s, zero, offset), shift, ctx.quant, ctx.strength)
-        return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None
+        return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None
 
 
 def forward(x: Tensor, place: Place, shift: Tensor | None, quant: Quant) -> tuple[Tensor, Tensor, Place]:
@@ -121,7 +125,7 @@ def pull(g: Tensor, x: Tensor, place: Place, shift: Tensor | None, quant: Quant,
     v = grid.snap(u)
     dx = quant.estimator(g, u, v, grid)
     ds = (g * quant.scale.slope(u, v, place.zero, grid)).sum(-1, keepdim=True) * strength
-    outside = None if place.zero is None and place.offset is None else g * ~grid.inside(u, quant.scale.margin)
+    outside = g if place.zero is None and place.offset is None else g * ~grid.inside(u, quant.scale.margin)
     dzero = None if place.zero is None else -(outside * place.s).sum(-1, keepdim=True) * strength
     doffset = None if place.offset is None else outside.sum(-1, keepdim=True) * strength
     dshift = None if shift is None else dx * place.s

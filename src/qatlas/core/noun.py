@@ -60,12 +60,12 @@ def _find(address: str) -> Any:
     name, _, cls_name = str(address).partition(":")
     ours = f"qatlas.{name}"
     try:
-        module = sys.modules.get(ours) or importlib.import_module(ours)
+        module: Any = sys.modules.get(ours) or importlib.import_module(ours)
     except ImportError:
         module = sys.modules.get(name)
     cls = getattr(module, cls_name, None)
     if not (isinstance(cls, type) and issubclass(cls, Noun) and dataclasses.is_dataclass(cls)):
-        raise CheckpointError(f"the file names {address!r}, which is no part of qatlas nor of a module imported so far; import the paper's file first")
+        raise CheckpointError(f"the file names {address!r}, no part of qatlas nor of a module imported so far; import the paper's file first")
     return cls
 
 

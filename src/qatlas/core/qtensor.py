@@ -27,7 +27,7 @@ from .scale import Place, decode
 
 @dataclass
 class QTensor:
-    """codes (any shape) uint8; scale (grain's shape), Tensor or QTensor; zero (as scale) in codes' values or None; offset (as scale) in values or None."""
+    """codes uint8 (any shape); scale (the grain's shape), Tensor or QTensor; zero (grid values) or offset (values), shaped as the scale."""
 
     codes: Tensor
     scale: Tensor | QTensor
@@ -64,7 +64,7 @@ class QTensor:
     def dequantize(self) -> Tensor:
         """The tensor itself, fp32: s (v - z) or s v + m."""
         view = self.grain.view(self.values())
-        place = Place(*(None if t is None else t.to(view.dtype).unsqueeze(-1) for t in (self.steps, self.zero, self.offset)))
+        place = Place.of(self.steps, self.zero, self.offset, view.dtype)
         return self.grain.back(decode(view, place), self.shape)
 
     def to_tensors(self) -> dict[str, Tensor]:

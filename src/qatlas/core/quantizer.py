@@ -7,14 +7,14 @@
 `forward` gives y with gradients, `hard` gives y without, `quantize` gives the QTensor whose `dequantize()` is y bit for bit: all three run the same
 lines (estimator.forward), which is why they cannot differ.
 
-A Quantizer that holds state (a learned or a moving scale) is initialised before it is used: from the weight itself, or by calibration for activations,
-which observes some batches and then settles. Used before, it raises; it never initialises itself in passing.
+A Quantizer that holds state (a learned or a moving scale) is initialised before it is used: from the weight itself, or for activations by
+calibration, which observes some batches and then settles. Used before, it raises; it never initialises itself in passing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,13 @@ class Quant(Noun):
         return self.grain.back(y, x.shape).to(x.dtype)
 
 
+class Known(NamedTuple):
+    """A tensor's fake-quantized values and the place they were computed with."""
+
+    value: Tensor
+    place: Place
+
+
 class Quantizer(nn.Module):
     """The state of one Quant: its learned or moving scale, and whether it is ready.
 
@@ -78,7 +85,7 @@ class Quantizer(nn.Module):
         super().__init__()
         self.quant, self.on = quant, True
         if quant.scale.keeps != "nothing" and isinstance(quant.grain, PerToken):
-            raise QuantError(f"a {type(quant.scale).__name__} scale cannot serve per token: tokens come and go; take AbsMax() per token, or PerTensor()")
+            raise QuantError(f"a {type(quant.scale).__name__} scale cannot serve per token: tokens come and go; write AbsMax(), or PerTensor()")
         self.scale: Tensor | None = None
         self.zero: Tensor | None = None
         self.offset: Tensor | None = None
@@ -97,9 +104,14 @@ class Quantizer(nn.Module):
             raise QuantError(f"a tensor of shape {tuple(x.shape)} holds NaN or infinity; a scale measured on it would spoil the layer")
         return self._hold(self.quant.scale.measure(view, self.quant.grid))
 
-    def observe(self) -> None:
-        """From now on let x pass and remember a sample of it; `settle` ends this."""
-        self._seen = []
+    def observe(self, on: bool = True) -> None:
+        """From now on let x pass and remember a sample of it; `settle` ends this, `observe(False)` ends it without a result."""
+        self._seen = [] if on else None
+
+    @property
+    def observed(self) -> bool:
+        """Whether something was seen since `observe`."""
+        return bool(self._seen)
 
     @torch.no_grad()
     def settle(self, gather: Any = None) -> None:
@@ -107,6 +119,7 @@ class Quantizer(nn.Module):
         if self._seen is None:
             return
         if not self._seen:
+            self._seen = None
             raise QuantError("a quantizer saw no input during calibration: its layer was never called on the calibration batches")
         seen, self._seen = torch.cat(self._seen, -1), None        # (groups, n)
         seen = seen if gather is None else gather(seen)
@@ -129,10 +142,11 @@ class Quantizer(nn.Module):
             raise QuantError("a quantizer is used before it is initialised: run calibrate(model, task) before the first step")
         if scale.keeps == "buffer" and self.training and torch.is_grad_enabled():
             self._follow(view.detach())
-        return Place(*(None if t is None else t.to(view.dtype).unsqueeze(-1) for t in (self.scale, self.zero, self.offset)))
+        return Place.of(self.scale, self.zero, self.offset, view.dtype)
 
-    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """x (any shape) -> y of the same shape and dtype. `shift` moves the place, in steps (an adapter inside the grid)."""
+    def forward(self, x: Tensor, shift: Tensor | None = None, known: Known | None = None) -> Tensor:
+        """x (any shape) -> y of the same shape and dtype. `shift` moves the place, in steps (an adapter inside the grid).
+        `known` is what `known()` gave for the same x: the forward then costs nothing, the gradients are the same."""
         if not self.on:
             return x
         if self._seen is not None:
@@ -140,10 +154,20 @@ class Quantizer(nn.Module):
             return x
         quant = self.quant
         view = quant.grain.view(working(x))
-        place = self.place(view)
+        stateless = known is not None and quant.scale.keeps == "nothing" and quant.scale.gradient != "statistic"
+        place = known.place if known is not None and stateless else self.place(view)
         strength = quant.scale.strength(view.shape, x.shape, quant.grid)
-        y = Snap.apply(view, *place, None if shift is None else quant.grain.view(shift), quant, strength)
+        value = None if known is None else quant.grain.view(known.value)
+        y = Snap.apply(view, *place, None if shift is None else quant.grain.view(shift), value, quant, strength)
         return quant.grain.back(y, x.shape).to(x.dtype)
+
+    @torch.no_grad()
+    def known(self, x: Tensor, shift: Tensor | None = None) -> Known:
+        """The values of x and their place, for later forwards of the same x."""
+        view = self.quant.grain.view(working(x))
+        place = self.place(view)
+        y, _, _ = forward(view, place, None if shift is None else self.quant.grain.view(shift), self.quant)
+        return Known(self.quant.grain.back(y, x.shape).to(x.dtype), place)
 
     @torch.no_grad()
     def quantize(self, x: Tensor, shift: Tensor | None = None) -> QTensor:
@@ -187,7 +211,7 @@ class Quantizer(nn.Module):
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         found = [state.get(prefix + name) for name in ("scale", "zero", "offset")]
         if self.scale is None and found[0] is not None:           # a checkpoint of a calibrated model: take its shapes
-            self._hold(Place(*(None if t is None else t.unsqueeze(-1) for t in found)))
+            self._hold(Place.of(found[0], found[1], found[2], torch.float32))
         super()._load_from_state_dict(state, prefix, *rest)
 
     def extra_repr(self) -> str:

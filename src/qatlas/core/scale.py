@@ -12,7 +12,7 @@ values. What it measures is its class:
     Moving       a running average of another scale; a buffer, for static activations
     Learned      a parameter, started by another scale
 
-Each declares its *gradient*: "none" (recomputed and detached: BitNet, QuEST), "statistic" (flows on into x through the statistic: AECCT), "clipped"
+Each declares its *gradient*: "none" (recomputed and detached: BitNet, QuEST), "statistic" (flows on into x: AECCT), "clipped"
 (LSQ's: v - u inside the grid, the end of the grid outside, times `factor`) or "value" (v everywhere, the plain derivative of s v with v held: LR-QAT,
 and one-bit weights of BiT and ParetoQ). `slope` is the rule; PACT and others override it. What counts as inside has the two conventions that the
 literature has: `margin` 0 ends at the last level (LSQ, clip before round), 0.5 where rounding clips (torch's learnable fake quantization,
@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,11 @@ class Place(NamedTuple):
     s: Tensor
     zero: Tensor | None = None
     offset: Tensor | None = None
+
+    @classmethod
+    def of(cls, scale: Any, zero: Any, offset: Any, dtype: torch.dtype) -> Place:
+        """From state without the last axis."""
+        return cls(*(None if t is None else t.to(dtype).unsqueeze(-1) for t in (scale, zero, offset)))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -225,7 +230,7 @@ class MseSearch(Scale):
                 error = (y - x).abs().pow(self.power).mean(-1, keepdim=True)
                 better = error < least
                 least = torch.where(better, error, least)
-                best = Place(*(None if new is None else torch.where(better, new, old) for new, old in zip(trial, best, strict=True)))
+                best = Place(*(new if new is None else torch.where(better, new, old) for new, old in zip(trial, best, strict=True)))  # type: ignore
         return best
 
 

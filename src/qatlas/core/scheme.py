@@ -45,7 +45,8 @@ def scheme(text: str) -> Scheme:
     """
     match = FORM.fullmatch(text)
     if not match:
-        raise QuantError(f"the scheme {text!r} is not of the form w<bits>[a<bits>][kv<bits>][-g<n>|-tensor][-static], for instance w4, w2-g64, w1.58a8, w4a8kv8-g32")
+        raise QuantError(f"the scheme {text!r} is not of the form w<bits>[a<bits>][kv<bits>][-g<n>|-tensor][-static]; "
+                         "for instance w4, w2-g64, w1.58a8, w4a8kv8-g32")
     grain: Grain = PerChannel()
     for part in filter(None, match["rest"].split("-")):
         if part != "static":

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -185,7 +186,7 @@ class Chain(Transform):
 class _Chain(Maps):
     def __init__(self, links: list[Maps]) -> None:
         super().__init__()
-        self.links = nn.ModuleList(links)
+        self.links: Any = nn.ModuleList(links)
 
     def of_input(self, x: Tensor) -> Tensor:
         for link in self.links:
@@ -233,9 +234,8 @@ def odd_order(n: int) -> int:
     """
     k = n // (n & -n)
     while k <= n:
-        if k == 1 or _paley_prime(k) is not None:
-            if n % k == 0:
-                return k
+        if n % k == 0 and (k == 1 or _paley_prime(k) is not None):
+            return k
         k *= 2
     raise QuantError(f"no Hadamard matrix of order {n} can be made; take Hadamard(block={n & -n}), the largest power of two that divides it")
 

@@ -1,0 +1,27 @@
+"""Embeddings: the table is quantized, one row a channel; the ids that come in are not numbers to quantize."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.error import QuantError
+from .packed import PackedEmbedding
+from .quantized import Quantized
+
+
+class QEmbedding(Quantized, nn.Embedding):
+    """nn.Embedding with a quantized table (rows, width)."""
+
+    replaces = nn.Embedding
+
+    def _set(self, slots, peak) -> None:  # type: ignore[no-untyped-def]
+        if slots.input is not None or slots.transform is not None:
+            raise QuantError("an embedding has ids as input: its rule takes weight (and output), not input or transform")
+        super()._set(slots, peak)
+
+    def product(self, x: Tensor, w: Tensor) -> Tensor:
+        return F.embedding(x, w, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)
+
+    def pack(self) -> PackedEmbedding:
+        return PackedEmbedding.of(self.quantize(), None, self)

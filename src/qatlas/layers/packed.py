@@ -1,0 +1,173 @@
+"""Packed layers: codes as buffers, scales as parameters, no master. What is saved, loaded and served.
+
+`Store` holds one QTensor inside a module: packed codes (uint8 buffers), the scale (an fp32 Parameter, so that scales can be trained on a packed
+model) or, for two-level scales, another Store, and zero or offset. A packed layer dequantizes and multiplies: correct before fast. Its `to_meta`
+says in JSON all that its tensors do not, and `from_meta` builds the same layer empty, to be filled by load_state_dict.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.noun import from_json
+from ..core.qtensor import QTensor, pack_bits, unpack_bits
+from ..core.quantizer import Quantizer
+from .quantized import Layer, Quantized, Slots
+
+
+class Store(nn.Module):
+    """One QTensor as a module's state."""
+
+    codes: Tensor
+    scale: Tensor | Store
+    zero: Tensor | None
+    offset: Tensor | None
+
+    def __init__(self, q: QTensor) -> None:
+        super().__init__()
+        self.grid, self.grain, self.shape, self.scale_dtype = q.grid, q.grain, tuple(q.shape), q.scale_dtype
+        self.register_buffer("codes", pack_bits(q.codes, q.bits))
+        self.scale = Store(q.scale) if isinstance(q.scale, QTensor) else nn.Parameter(q.scale.detach().float().clone())
+        for name in ("zero", "offset"):
+            value = getattr(q, name)
+            self.register_buffer(name, None if value is None else value.detach().float().clone())
+
+    def qtensor(self) -> QTensor:
+        """The QTensor, its scale still on the graph."""
+        codes = unpack_bits(self.codes, self.grid.bits, self.shape)
+        scale = self.scale.qtensor() if isinstance(self.scale, Store) else self.scale
+        return QTensor(codes, scale, self.zero, self.offset, self.grid, self.grain, self.scale_dtype)
+
+    def to_meta(self) -> dict[str, Any]:
+        """As QTensor.to_meta, and which of zero and offset there is."""
+        return self.qtensor().to_meta() | {"kind": "zero" if self.zero is not None else "offset" if self.offset is not None else "plain"}
+
+    @classmethod
+    def from_meta(cls, meta: dict[str, Any]) -> Store:
+        """An empty Store of the right shapes."""
+        return cls(_blank(meta))
+
+
+def _blank(meta: dict[str, Any]) -> QTensor:
+    grid, grain, shape = from_json(meta["grid"]), from_json(meta["grain"]), tuple(meta["shape"])
+    steps = grain.scale_shape(shape)
+    scale = _blank(meta["scale"]) if "scale" in meta else torch.ones(steps)
+    extra = {name: torch.zeros(steps) if meta.get("kind") == name else None for name in ("zero", "offset")}
+    return QTensor(torch.zeros(shape, dtype=torch.uint8), scale, extra["zero"], extra["offset"], grid, grain, meta["scale_dtype"])
+
+
+class Packed(Layer):
+    """What all packed layers share; subclasses give `product` and `conf`, the plain attributes that the product needs."""
+
+    conf: tuple[str, ...] = ()
+    answer: torch.dtype | None = None                             # the type in which a layer without a floating input answers; None is fp32
+
+    @classmethod
+    def of(cls, q: QTensor, bias: Tensor | None, layer: Quantized) -> Any:
+        """From the codes of a trained layer, sharing its quantizers, transform and adapter."""
+        packed = cls()
+        packed.slots = layer.slots
+        packed.store, packed.bias = Store(q), bias if bias is None else nn.Parameter(bias.detach().clone())
+        for name in cls.conf:
+            setattr(packed, name, getattr(layer, name))
+        packed.input_quantizer, packed.output_quantizer = layer.input_quantizer, layer.output_quantizer
+        packed.transform, packed.adapter = layer.transform, layer.adapter
+        return packed.train(layer.training)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store: Store
+        self.bias: Tensor | None = None
+        self.input_quantizer = self.output_quantizer = None
+        self.transform, self.adapter = None, None
+
+    def qtensor(self) -> QTensor:
+        """The weight as data, (out, ...)."""
+        return self.store.qtensor()
+
+    def computed(self) -> Tensor:
+        w = self.store.qtensor().dequantize()
+        return w if self.adapter is None else self.adapter.after(w)
+
+    def to_meta(self) -> dict[str, Any]:
+        """All but the tensors, as JSON."""
+        conf = {name: value if not isinstance(value := getattr(self, name), tuple) else list(value) for name in self.conf}
+        quants = {name: q.quant.to_json() for name in ("input", "output") if (q := getattr(self, f"{name}_quantizer")) is not None}
+        return {"layer": type(self).__name__, "tensor": self.store.to_meta(), "slots": self.slots.to_json(), "bias": self.bias is not None,
+                "conf": conf, "quants": quants}
+
+    @classmethod
+    def from_meta(cls, meta: dict[str, Any]) -> Any:
+        """An empty packed layer of the class that the meta names."""
+        kind = {sub.__name__: sub for sub in Packed.__subclasses__()}[meta["layer"]]
+        packed = kind()
+        packed.slots, packed.store = from_json(meta["slots"]), Store.from_meta(meta["tensor"])
+        out = meta["tensor"]["shape"][0]
+        packed.bias = nn.Parameter(torch.zeros(out)) if meta["bias"] else None
+        for name, value in meta["conf"].items():
+            setattr(packed, name, tuple(value) if isinstance(value, list) else value)
+        slots: Slots = packed.slots
+        with torch.device("cpu"):                                 # these look at values; an empty layer may be asked for on the meta device
+            for name, quant in meta["quants"].items():
+                setattr(packed, f"{name}_quantizer", _blank_quantizer(Quantizer(from_json(quant))))
+            if slots.transform is not None or slots.adapter is not None:
+                like = torch.ones(tuple(meta["tensor"]["shape"]))
+                packed.transform = slots.transform.build(like, like[0]) if slots.transform is not None else None
+                packed.adapter = slots.adapter.build(like) if slots.adapter is not None else None
+        return packed
+
+    def extra_repr(self) -> str:
+        return f"{self.store.grid}, {self.store.grain}, shape={self.store.shape}"
+
+
+def _blank_quantizer(quantizer: Quantizer) -> Quantizer:
+    """State of the right shape for a static activation quantizer."""
+    if quantizer.quant.scale.keeps != "nothing":
+        quantizer.initialise(torch.ones(quantizer.quant.grain.scale_shape((1,))))
+    return quantizer
+
+
+class PackedLinear(Packed):
+    """(..., in) -> (..., out) from packed codes."""
+
+    def product(self, x: Tensor, w: Tensor) -> Tensor:
+        return F.linear(x, w.to(x.dtype), self.bias)
+
+
+class PackedConv1d(Packed):
+    """As nn.Conv1d."""
+
+    conf = ("stride", "padding", "dilation", "groups", "padding_mode", "_reversed_padding_repeated_twice")
+
+    def product(self, x: Tensor, w: Tensor) -> Tensor:
+        return _convolve(F.conv1d, self, x, w)
+
+
+class PackedConv2d(Packed):
+    """As nn.Conv2d."""
+
+    conf = ("stride", "padding", "dilation", "groups", "padding_mode", "_reversed_padding_repeated_twice")
+
+    def product(self, x: Tensor, w: Tensor) -> Tensor:
+        return _convolve(F.conv2d, self, x, w)
+
+
+def _convolve(conv: Any, layer: Any, x: Tensor, w: Tensor) -> Tensor:
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+    return conv(x, w.to(x.dtype), layer.bias, layer.stride, padding, layer.dilation, layer.groups)
+
+
+class PackedEmbedding(Packed):
+    """ids (...) -> (..., width): only the rows that are asked for are dequantized."""
+
+    conf = ("padding_idx",)
+    padding_idx: int | None
+
+    def product(self, x: Tensor, w: Tensor) -> Tensor:
+        return F.embedding(x, w, self.padding_idx).to(self.answer or w.dtype)

@@ -1,0 +1,240 @@
+"""Quantized: what every layer with quantized numbers has in common. A layer's own file adds one line, its product.
+
+    x -> transform -> input quantizer -> product with the kept weight -> adapter beside -> output quantizer
+
+The weight that enters the product is computed from the fp32 master, which stays where it was, under its own name and in its own layout:
+
+    master -> adapter inside -> transform -> quantizer (adapter in the grid shifts the place) -> adapter after
+
+`keep` says how the quantized weight is kept:
+
+    each        quantized in every forward. The default.
+    buffer      quantized once per write of the weights: the forward returns a buffer that lives across steps, the backward pulls the gradient back
+                through the same closed form. A write is noticed by the version counters of the master, the scales and the adapter; whoever writes
+                through `.data` (which no counter sees) calls `refresh()`. Costs one copy of the weights.
+    recompute   nothing of the weight's size is saved for backward: a hook keeps a recipe instead of the quantized weight.
+
+A layer is made from an existing one with `of`, which shares its parameters, hooks and attributes: nothing is copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..core.error import QuantError
+from ..core.noun import Noun
+from ..core.qtensor import QTensor
+from ..core.quantizer import Known, Quant, Quantizer
+from ..core.transform import Maps, Transform
+from .adapter import Adapter, AdapterSpec
+
+if TYPE_CHECKING:
+    from .packed import Packed
+
+KEEP = ("each", "buffer", "recompute")
+
+
+@dataclass(frozen=True)
+class Slots(Noun):
+    """What is said about one layer: its Quants, transform, adapter, and how the quantized weight is kept. None is full precision, or nothing."""
+
+    weight: Quant | None = None
+    input: Quant | None = None
+    output: Quant | None = None
+    transform: Transform | None = None
+    adapter: AdapterSpec | None = None
+    keep: str = "each"
+
+    def __post_init__(self) -> None:
+        if self.keep not in KEEP:
+            raise QuantError(f"keep={self.keep!r}: a quantized weight is kept by one of {', '.join(KEEP)}")
+
+
+class Layer(nn.Module):
+    """The way through a layer, for trainable and packed ones. Subclasses give `computed` and `product`."""
+
+    slots: Slots
+    input_quantizer: Quantizer | None
+    output_quantizer: Quantizer | None
+    transform: Maps | None
+    adapter: Adapter | None
+
+    def computed(self) -> Tensor:
+        """The weight that enters the product, (out, ...)."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor, w: Tensor) -> Tensor:
+        """The layer's own operation with a weight in (out, ...) layout."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x if self.transform is None else self.transform.of_input(x).to(x.dtype)
+        q = q if self.input_quantizer is None else self.input_quantizer(q)
+        y = self.multiply(q)
+        y = y if self.adapter is None else self.adapter.beside(x, q, y)
+        return y if self.output_quantizer is None else self.output_quantizer(y)
+
+    def multiply(self, q: Tensor) -> Tensor:
+        """The product with the computed weight."""
+        return self.product(q, self.computed())
+
+
+class Quantized(Layer):
+    """A trainable layer: `weight` is the fp32 master."""
+
+    replaces: ClassVar[type[nn.Module]]
+    weight: Any                                                   # nn.Parameter; the torch class behind it declares it
+    weight_quantizer: Quantizer | None
+    _known: Known | None
+    _stamp: tuple | None
+
+    @classmethod
+    def of(cls, module: nn.Module, slots: Slots, peak: Tensor | None = None) -> Any:
+        """Make a quantized layer out of `module`, sharing all it has. peak (in,): max|x| of each input channel, where the transform asks for it.
+
+        Raises:
+            QuantError: a weight with NaN, a group that does not divide, a transform that has nothing to act on.
+        """
+        layer = cls.__new__(cls)
+        layer.__dict__ = {name: dict(value) if isinstance(value, dict) else value for name, value in module.__dict__.items()}
+        layer._set(slots, peak)
+        return layer
+
+    def _set(self, slots: Slots, peak: Tensor | None) -> None:
+        self.slots, self._known, self._stamp = slots, None, None
+        if self.weight.dtype != torch.float64:
+            self.weight.data = self.weight.data.float()            # masters are fp32: a bf16 master does not move at learning rate 1e-5
+        if slots.transform is not None and self.matrix().dim() != 2:
+            raise QuantError(f"a transform acts on linear layers only, not on {type(self).__name__}")
+        self.transform = slots.transform.build(self.matrix().detach(), peak) if slots.transform is not None else None
+        self.adapter = slots.adapter.build(self.matrix().detach()) if slots.adapter is not None else None
+        for name in ("weight", "input", "output"):
+            quant = getattr(slots, name)
+            setattr(self, f"{name}_quantizer", None if quant is None else Quantizer(quant))
+        if self.weight_quantizer is not None:
+            self.weight_quantizer.initialise(self.source().detach())
+
+    def matrix(self) -> Tensor:
+        """The master in (out, ...) layout."""
+        return self.weight
+
+    def unmatrix(self, w: Tensor) -> Tensor:
+        """(out, ...) layout -> the master's own."""
+        return w
+
+    def source(self) -> Tensor:
+        """What the quantizer sees: the master with its adapter and transform."""
+        w = self.matrix() if self.adapter is None else self.adapter.inside(self.matrix())
+        return w if self.transform is None else self.transform.of_weight(w)
+
+    def computed(self) -> Tensor:
+        w = self.source()
+        if self.weight_quantizer is not None:
+            shift = None if self.adapter is None else self.adapter.shift(w)
+            known = self._keep(w, shift) if self.keep == "buffer" and self.weight_quantizer.on else None
+            w = self.weight_quantizer(w, shift, known)
+        return w if self.adapter is None else self.adapter.after(w)
+
+    def multiply(self, q: Tensor) -> Tensor:
+        if self.keep != "recompute" or not torch.is_grad_enabled():
+            return self.product(q, self.computed())
+        w = self.computed()
+        if torch.is_autocast_enabled(q.device.type):
+            w = w.to(torch.get_autocast_dtype(q.device.type))      # else autocast would save a copy that the hook does not know
+        with self._unsaved(w):
+            return self.product(q, w)
+
+    @property
+    def keep(self) -> str:
+        """each, buffer or recompute; may be set."""
+        return self.slots.keep
+
+    @keep.setter
+    def keep(self, how: str) -> None:
+        self.slots, self._known, self._stamp = self.slots.but(keep=how), None, None
+
+    def refresh(self) -> None:
+        """Forget the kept weight; the next forward quantizes afresh."""
+        self._stamp = None
+
+    def hard(self) -> Tensor:
+        """The weight that the layer computes with: in the master's own space and layout, without a graph."""
+        with torch.no_grad():
+            w = self.source()
+            if self.weight_quantizer is not None:
+                w = self.weight_quantizer.hard(w, None if self.adapter is None else self.adapter.shift(w))
+            w = w if self.transform is None else self.transform.back(w)
+            return self.unmatrix(w if self.adapter is None else self.adapter.after(w))
+
+    @torch.no_grad()
+    def quantize(self) -> QTensor:
+        """The codes of the weight as the quantizer sees it, (out, ...) layout."""
+        if self.weight_quantizer is None:
+            raise QuantError(f"this {type(self).__name__} keeps its weight in full precision; it has no codes")
+        w = self.source()
+        return self.weight_quantizer.quantize(w, None if self.adapter is None else self.adapter.shift(w))
+
+    def pack(self) -> Packed:
+        """The layer with codes instead of a master."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Merge the adapter into the master (see Adapter.merged) and see that the codes stay.
+
+        Raises:
+            QuantError: an adapter that cannot merge, or whose merging would move codes; the layer is then as it was.
+        """
+        if self.adapter is None:
+            return
+        adapter, slots, master = self.adapter, self.slots, self.weight.clone()
+        codes = None if self.weight_quantizer is None else self.quantize().codes
+        self.weight.copy_(self.unmatrix(adapter.merged(self.matrix(), self)))
+        self.adapter, self.slots = None, slots.but(adapter=None)
+        self.refresh()
+        if codes is not None and not torch.equal(self.quantize().codes, codes):
+            self.weight.copy_(master)
+            self.adapter, self.slots = adapter, slots
+            self.refresh()
+            raise QuantError("merging would move codes: the adapter is in the grid, and the scale is measured anew from the merged weight; "
+                             "train with a Learned scale, or pack the layer as it is")
+
+    @torch.no_grad()
+    def _keep(self, w: Tensor, shift: Tensor | None) -> Known:
+        assert self.weight_quantizer is not None
+        parts = [self.weight, *self.weight_quantizer.parameters(), *(self.adapter.parameters() if self.adapter is not None else ())]
+        stamp = tuple((id(part), part._version) for part in parts)
+        if self._stamp != stamp or self._known is None:
+            fresh = self.weight_quantizer.known(w.detach(), shift)
+            if self._known is not None and self._known.value.shape == fresh.value.shape:
+                fresh = fresh._replace(value=self._known.value.copy_(fresh.value))
+            self._known, self._stamp = fresh, stamp
+        return self._known
+
+    @contextlib.contextmanager
+    def _unsaved(self, w: Tensor) -> Iterator[None]:
+        """Inside, whatever autograd would save of w's memory is saved as a recipe."""
+        home, version = w.untyped_storage().data_ptr(), self.weight._version
+
+        def save(t: Tensor) -> Any:
+            return (t.size(), t.stride(), t.storage_offset()) if t.untyped_storage().data_ptr() == home else t
+
+        def restore(saved: Any) -> Tensor:
+            if isinstance(saved, Tensor):
+                return saved
+            if self.weight._version != version:
+                raise RuntimeError("a weight kept by recompute was written between forward and backward")
+            with torch.no_grad():
+                return self.computed().to(w.dtype).as_strided(*saved)
+
+        with torch.autograd.graph.saved_tensors_hooks(save, restore):
+            yield
+
+    def extra_repr(self) -> str:
+        return f"weight={tuple(self.weight.shape)}, keep={self.keep}"
