@@ -45,6 +45,12 @@ def test_each_scale_is_its_definition(seed: int, bits: int) -> None:
         torch.testing.assert_close(scale.measure(x, grid).s[:, 0], torch.tensor(steps, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
+def test_one_signed_bit_has_only_a_low_end() -> None:
+    x = torch.tensor([[-2.0, 0.1, 1.0]])
+    assert Quant(Uniform(1), scale=AbsMax()).hard(x).tolist() == [[-2, 0, 0]]
+    assert Quant(Uniform(1), scale=Percentile(1.0)).hard(x).tolist() == [[-2, 0, 0]]
+
+
 @settings(max_examples=25, deadline=None)
 @given(seeds, st.floats(0, 1))
 def test_percentile_is_torch_quantile(seed: int, q: float) -> None:

@@ -91,12 +91,12 @@ class Snap(torch.autograd.Function):
 
 def forward(x: Tensor, place: Place, shift: Tensor | None, quant: Quant) -> tuple[Tensor, Tensor, Place]:
     """The one formula: -> y, v, and the place with which v is decoded (cast to the stored type; refitted if the quant says so)."""
-    place = settle(place, quant)
-    u = locate(x, place)
+    settled = settle(place, quant)
+    u = locate(x, settled)
     v = quant.grid.snap(u if shift is None else u + shift)
     if quant.refit:
-        place = place._replace(s=refit(x, v, place, quant))
-    return decode(v, place), v, place
+        settled = settled._replace(s=quant.scale.cast(refit(x, v, settled)))
+    return decode(v, settled), v, settled
 
 
 def settle(place: Place, quant: Quant) -> Place:
@@ -107,14 +107,14 @@ def settle(place: Place, quant: Quant) -> Place:
     return Place(quant.scale.cast(place.s) if not quant.refit else place.s.clamp(min=quant.scale.smallest), zero, place.offset)
 
 
-def refit(x: Tensor, v: Tensor, place: Place, quant: Quant) -> Tensor:
-    """The least-squares step of x on v, <x, v> / <v, v>: TWN's mean of the survivors, mean|w| of binary nets. Where v is all zero the step stays."""
+def refit(x: Tensor, v: Tensor, place: Place) -> Tensor:
+    """The least-squares step of x on v, <x, v> / <v, v>, not yet cast: TWN's mean of the survivors, mean|w| of binary nets. The old step where v is
+    all zero."""
     if place.offset is not None:
         x = x - place.offset
     v = v if place.zero is None else v - place.zero
     length = v.square().sum(-1, keepdim=True)
-    s = torch.where(length > 0, (x * v).sum(-1, keepdim=True) / length.clamp(min=torch.finfo(v.dtype).tiny), place.s)
-    return quant.scale.cast(s)
+    return torch.where(length > 0, (x * v).sum(-1, keepdim=True) / length.clamp(min=torch.finfo(v.dtype).tiny), place.s)
 
 
 def pull(g: Tensor, x: Tensor, place: Place, shift: Tensor | None, quant: Quant, strength: float) -> tuple[Tensor | None, ...]:

@@ -50,6 +50,9 @@ def from_json(data: Any) -> Any:
     extra = set(data) - fields - {"is"}
     if extra:
         raise CheckpointError(f"{data['is']} has no field {', '.join(sorted(extra))}; it has {', '.join(sorted(fields))}. Written by a newer qatlas?")
+    lacking = [f.name for f in dataclasses.fields(cls) if f.name not in data and f.default is f.default_factory is dataclasses.MISSING]
+    if lacking:
+        raise CheckpointError(f"{data['is']} lacks {', '.join(lacking)}")
     return cls(**{key: from_json(value) for key, value in data.items() if key != "is"})
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .error import QuantError
-from .estimator import Estimator, Snap, Ste, forward
+from .estimator import Estimator, Snap, Ste, forward, refit, settle
 from .grain import Grain, PerChannel, PerToken
 from .grid import Grid, Uniform
 from .noun import Noun
@@ -226,10 +226,11 @@ def working(x: Tensor) -> Tensor:
 
 def pack(view: Tensor, place: Place, shift: Tensor | None, quant: Quant, shape: tuple[int, ...]) -> QTensor:
     """A measured view -> QTensor."""
+    raw = place.s
     _, v, place = forward(view, place, shift, quant)
     codes = quant.grain.back(quant.grid.encode(v), shape).contiguous()
     scale: Any = place.s.squeeze(-1)
     if quant.scale.nested is not None:
-        scale = quant.scale.nested.quantize(scale)
+        scale = quant.scale.nest(refit(view, v, settle(Place(raw, *place[1:]), quant)) if quant.refit else raw)
     zero, offset = (None if t is None else t.squeeze(-1).expand(view.shape[:-1]).contiguous() for t in place[1:])
     return QTensor(codes, scale, zero, offset, quant.grid, quant.grain, quant.scale.dtype)

@@ -38,6 +38,7 @@ from .grid import Grid
 from .noun import Noun
 
 if TYPE_CHECKING:
+    from .qtensor import QTensor
     from .quantizer import Quant
 
 SMALLEST = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-24, "float8_e4m3fn": 2.0**-9, "float8_e8m0fnu": 2.0**-127}
@@ -96,16 +97,29 @@ class Scale(Noun):
 
     def cast(self, s: Tensor) -> Tensor:
         """The step as it will be stored, in the type of s: sign policy, floor, nested quantization, rounding to `dtype`."""
-        floor = self.smallest
-        if self.sign == "abs":
-            s = s.abs()
-        s = s.clamp(min=floor) if self.sign != "free" else torch.where(s.abs() < floor, floor, s).to(s.dtype)
+        s = self._signed(s)
         if self.nested is not None:
-            return self.nested.hard(s.squeeze(-1)).clamp(min=floor).unsqueeze(-1)
+            return self.nest(s).dequantize().to(s.dtype).unsqueeze(-1)
         if self.dtype == "float32":
             return s
         kind = getattr(torch, self.dtype)
         return s.clamp(-torch.finfo(kind).max, torch.finfo(kind).max).to(kind).to(s.dtype)
+
+    def nest(self, s: Tensor) -> QTensor:
+        """The steps as a quantized tensor, by the Quant `nested`. A step that would become zero takes the smallest value above zero instead: a place
+        has no meaning without a step."""
+        assert self.nested is not None
+        stored = self.nested.quantize(self._signed(s).squeeze(-1))
+        values = self.nested.grid.values().to(stored.codes.device)
+        first = self.nested.grid.encode(values[values > 0][:1])
+        stored.codes = torch.where(stored.dequantize() == 0, first, stored.codes)
+        return stored
+
+    def _signed(self, s: Tensor) -> Tensor:
+        floor = self.smallest
+        if self.sign == "abs":
+            s = s.abs()
+        return s.clamp(min=floor) if self.sign != "free" else torch.where(s.abs() < floor, floor, s).to(s.dtype)
 
     @property
     def smallest(self) -> float:
@@ -137,7 +151,7 @@ class AbsMax(Scale):
     reach: float | None = None
 
     def measure(self, x: Tensor, grid: Grid) -> Place:
-        return Place(x.abs().amax(-1, keepdim=True) / (grid.high if self.reach is None else self.reach))
+        return Place(x.abs().amax(-1, keepdim=True) / (_end(grid) if self.reach is None else self.reach))
 
 
 @dataclass(frozen=True)
@@ -176,7 +190,9 @@ class Rms(Scale):
     times: float = 1.0
 
     def measure(self, x: Tensor, grid: Grid) -> Place:
-        return Place(self.times * x.square().mean(-1, keepdim=True).sqrt())
+        square = x.square().mean(-1, keepdim=True)
+        some = square > 0                                         # the slope of the root at zero is infinite; a row of zeros hears nothing
+        return Place(self.times * torch.where(some, square, 1.0).sqrt() * some)
 
 
 @dataclass(frozen=True)
@@ -190,7 +206,7 @@ class Percentile(Scale):
         below = math.floor(place)
         order = x.abs().sort(-1).values
         low, high = order[..., below : below + 1], order[..., min(below + 1, x.shape[-1] - 1)][..., None]
-        return Place(torch.lerp(low, high, place - below) / grid.high)
+        return Place(torch.lerp(low, high, place - below) / _end(grid))
 
 
 @dataclass(frozen=True)
@@ -250,6 +266,11 @@ class Learned(Scale):
 
     def measure(self, x: Tensor, grid: Grid) -> Place:
         return self.start.measure(x, grid)
+
+
+def _end(grid: Grid) -> float:
+    """The end on which the largest value lands: the high one, or the low one of a grid that has nothing above zero (one signed bit)."""
+    return grid.high or -grid.low
 
 
 @lru_cache

@@ -22,7 +22,7 @@ from .noun import Noun
 from .quantizer import Quant
 from .scale import AbsMax, AbsMean, Learned
 
-FORM = re.compile(r"w(?P<w>[\d.]+)(a(?P<a>\d+))?(kv(?P<kv>\d+))?(?P<rest>(-(g\d+|tensor|static))*)")
+FORM = re.compile(r"w(?P<w>\d+(\.\d+)?)(a(?P<a>\d+))?(kv(?P<kv>\d+))?(?P<rest>(-g[1-9]\d*|-tensor)?(-static)?|-static(-g[1-9]\d*|-tensor))")
 
 
 @dataclass(frozen=True)
