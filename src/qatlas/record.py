@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .core.error import CheckpointError
 from .model.probe import undisturbed
+from .model.rules import quantized
 from .train.evaluate import evaluate
 from .train.tactic import Loop, Tactic
 
@@ -94,7 +96,7 @@ class Watch(Tactic):
 
     def start(self, loop: Loop) -> None:
         if "untrained" not in self._record.scores:
-            self._record.errors = {name: (error, error) for name, error in weight_errors(loop).items()}
+            self._record.errors = {name: (error, error) for name, error in weight_errors(loop.model).items()}
             self._record.scores["untrained"] = self._score(loop)
 
     def after(self, loop: Loop) -> None:
@@ -114,10 +116,11 @@ class Watch(Tactic):
             return evaluate(loop.model, loop.task)
 
 
-def weight_errors(loop: Loop) -> dict[str, float]:
-    """Layer -> |w - hard|^2 / |w|^2."""
-    with torch.no_grad():
-        return {name: float((layer.weight - layer.hard()).square().sum() / layer.weight.square().sum().clamp(min=1e-30)) for name, layer in loop.layers()}
+@torch.no_grad()
+def weight_errors(model: nn.Module) -> dict[str, float]:
+    """Layer -> |w - hard|^2 / |w|^2, for the trainable quantized layers."""
+    layers = {name: layer for name, layer in quantized(model).items() if layer.weight_quantizer is not None}
+    return {name: float((layer.weight - layer.hard()).square().sum() / layer.weight.square().sum().clamp(min=1e-30)) for name, layer in layers.items()}
 
 
 def versions() -> dict[str, str]:

@@ -104,7 +104,7 @@ class _Lora(Adapter):
     def beside(self, x: Tensor, q: Tensor, y: Tensor) -> Tensor:
         if self.spec.place != "beside":
             return y
-        return y + x @ self.a.T @ self.b.T * (self.spec.alpha / self.spec.rank)
+        return y + (x @ self.a.T.to(x.dtype) @ self.b.T.to(x.dtype) * (self.spec.alpha / self.spec.rank)).to(y.dtype)
 
     def merged(self, w: Tensor, layer: Quantized) -> Tensor:
         if self.spec.place == "inside":

@@ -64,6 +64,7 @@ class Packed(Layer):
     """What all packed layers share; subclasses give `product` and `conf`, the plain attributes that the product needs."""
 
     conf: tuple[str, ...] = ()
+    answer: torch.dtype | None = None                             # the type in which a layer without a floating input answers; None is fp32
 
     @classmethod
     def of(cls, q: QTensor, bias: Tensor | None, layer: Quantized) -> Any:
@@ -109,13 +110,14 @@ class Packed(Layer):
         packed.bias = nn.Parameter(torch.zeros(out)) if meta["bias"] else None
         for name, value in meta["conf"].items():
             setattr(packed, name, tuple(value) if isinstance(value, list) else value)
-        for name, quant in meta["quants"].items():
-            setattr(packed, f"{name}_quantizer", _blank_quantizer(Quantizer(from_json(quant))))
         slots: Slots = packed.slots
-        if slots.transform is not None or slots.adapter is not None:
-            like = torch.ones(tuple(meta["tensor"]["shape"]))
-            packed.transform = slots.transform.build(like, like[0]) if slots.transform is not None else None
-            packed.adapter = slots.adapter.build(like) if slots.adapter is not None else None
+        with torch.device("cpu"):                                 # these look at values; an empty layer may be asked for on the meta device
+            for name, quant in meta["quants"].items():
+                setattr(packed, f"{name}_quantizer", _blank_quantizer(Quantizer(from_json(quant))))
+            if slots.transform is not None or slots.adapter is not None:
+                like = torch.ones(tuple(meta["tensor"]["shape"]))
+                packed.transform = slots.transform.build(like, like[0]) if slots.transform is not None else None
+                packed.adapter = slots.adapter.build(like) if slots.adapter is not None else None
         return packed
 
     def extra_repr(self) -> str:
@@ -168,4 +170,4 @@ class PackedEmbedding(Packed):
     padding_idx: int | None
 
     def product(self, x: Tensor, w: Tensor) -> Tensor:
-        return F.embedding(x, w, self.padding_idx)
+        return F.embedding(x, w, self.padding_idx).to(self.answer or w.dtype)

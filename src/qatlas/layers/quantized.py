@@ -74,7 +74,7 @@ class Layer(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        q = x if self.transform is None else self.transform.of_input(x)
+        q = x if self.transform is None else self.transform.of_input(x).to(x.dtype)
         q = q if self.input_quantizer is None else self.input_quantizer(q)
         y = self.multiply(q)
         y = y if self.adapter is None else self.adapter.beside(x, q, y)

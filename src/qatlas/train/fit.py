@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import resource
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,6 +48,9 @@ def fit(model: nn.Module, task: Task, *, train: str | Sequence[str] = "*", optim
     if steps < 1:
         raise RunError(f"steps={steps}: a fit needs at least one step")
     run, optimizer, schedule, objective = task.run, optimizer or AdamW(), schedule or constant(), loss or task.loss
+    tactics = (*tactics, *run.tactics)
+    if run.plan:
+        raise Planned(estimate(model, task, train=train, optimizer=optimizer, schedule=schedule, steps=steps, loss=loss, clip=clip))
     accelerator = Accelerator(mixed_precision="no", log_with="tensorboard" if run.tensorboard else None, project_dir=run.out)
     check_precision(run.precision, accelerator.device)
     trained(model, train) if not tactics else None                # a wrong glob fails before anything moves
@@ -70,7 +74,28 @@ def fit(model: nn.Module, task: Task, *, train: str | Sequence[str] = "*", optim
             parameter.grad = None
     accelerator.wait_for_everyone()
     model.eval()
+    run.histories.append(loop.history)
     return loop.history
+
+
+class Planned(Exception):
+    """Raised by the first fit of a planned run, in place of training. `estimate`: what it would have cost."""
+
+    def __init__(self, estimate: dict[str, Any]) -> None:
+        super().__init__("planned, not trained")
+        self.estimate = estimate
+
+
+def estimate(model: nn.Module, task: Task, *, steps: int, **arguments: Any) -> dict[str, Any]:
+    """Cost of a fit, from three steps that are really taken (the model is spoilt): seconds, and the largest memory of the process in bytes."""
+    real, task.run = task.run, Run(None, seed=task.run.seed, precision=task.run.precision, micro=task.run.micro, progress=False)
+    try:
+        history = fit(model, task, steps=3, **arguments)
+    finally:
+        task.run = real
+    step = sorted(history.seconds)[1]
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"steps": steps, "tokens": history.tokens[0] * steps, "seconds a step": step, "seconds": step * steps, "peak memory": peak}
 
 
 def _begin(loop: Loop, train: str | Sequence[str], optimizer: Optimizer, tactics: Sequence[Tactic], point: Point | None) -> None:

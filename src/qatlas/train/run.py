@@ -21,6 +21,8 @@ from .resume import Phase
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from .tactic import History, Tactic
+
 LEFT = ("state", "record.json", "model.safetensors", "report.html", "exports")    # what tells that a directory holds a run
 PRECISIONS = ("no", "bf16")
 
@@ -34,6 +36,8 @@ class Run:
     precision: "no" computes in fp32; "bf16" multiplies in bfloat16 (autocast), masters and moments stay fp32.
     micro: rows of one forward on one device; None takes a rank's whole share of the batch. Smaller needs less memory and changes nothing else.
     save_every: steps between resume points; None writes one every `save_seconds`.
+    tactics: join those of every fit (a watch, a logger); set after making. histories: of the fits so far. plan: the first fit raises `Planned` with
+    what it would cost.
     progress: a progress bar, where standard error is a terminal. tensorboard: curves in out/tensorboard.
 
     Raises:
@@ -45,6 +49,9 @@ class Run:
         self.out = None if out is None else Path(out)
         self.seed, self.resume, self.precision, self.micro, self.progress, self.tensorboard = seed, resume, precision, micro, progress, tensorboard
         self.save_every, self.save_seconds, self.phases = save_every, save_seconds, 0
+        self.tactics: tuple[Tactic, ...] = ()
+        self.histories: list[History] = []
+        self.plan = False
         if precision not in PRECISIONS:
             raise RunError(f"there is no precision {precision!r}; there are {', '.join(PRECISIONS)}")
         for name, value in (("micro", micro), ("save_every", save_every)):

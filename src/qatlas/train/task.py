@@ -63,6 +63,10 @@ class Task:
         for first in range(0, self.held_rows, self.batch_size):
             yield self.take(np.arange(first, min(first + self.batch_size, self.held_rows)), None)
 
+    def probe(self) -> Batch:
+        """The inputs of two rows, without labels: for one forward that shows which layers are called."""
+        return {name: value[:2] for name, value in self.batch(0).items() if name != "labels"}
+
     def calibration(self, n: int = 8) -> list[Batch]:
         """The first n training batches."""
         return [self.batch(step) for step in range(n)]

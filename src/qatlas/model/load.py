@@ -1,0 +1,136 @@
+"""Where models come from: the zoo, a directory, the Hub. `load(name)` gives the model and its tokenizer, ready for training.
+
+    load("zoo:gpt")                                   small models of this package: gpt, vit, resnet
+    load("runs/out")                                  a packed qatlas directory (see pack.py), or any Hugging Face directory in full precision
+    load("Qwen/Qwen3-0.6B")                           a model of the Hub, downloaded once
+    load("google/vit-base-patch16-224", task="image")
+
+Weights are loaded as fp32 masters, whatever the file holds: a bf16 master does not move at learning rate 1e-5. Only safetensors are read; a model
+that exists as a pickle only is refused, and so is code that comes with a model (`trust_remote_code` is never set).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.error import CheckpointError, unknown
+from . import artefact, pack
+
+TASKS = {"lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification", "image": "AutoModelForImageClassification"}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+LINES = 3                                                         # lines of another library's message that an error quotes
+
+
+def load(name: str | Path, task: str = "lm", **config: Any) -> tuple[nn.Module, Any]:
+    """(model in eval mode, tokenizer or image processor or None).
+
+    name: "zoo:NAME", a directory, or a Hub id.
+    task: lm, classification or image: which of transformers' Auto classes builds it (not asked for the zoo and for packed directories).
+    config: for the zoo its arguments (`classes=100`), else changes to the model's configuration (`num_labels=3`, `attn_implementation="eager"`).
+
+    Raises:
+        CheckpointError: an unknown name or task, no network and not in the cache, a truncated or mismatched file, pickles only.
+    """
+    text = str(name)
+    if text.startswith("zoo:"):
+        return _zoo(text.removeprefix("zoo:"), config)
+    if task not in TASKS:
+        raise CheckpointError(unknown("task", task, TASKS))
+    if not Path(text).expanduser().is_dir():
+        if text.startswith(("/", ".", "~")) or text.count("/") > 1:
+            raise CheckpointError(f"there is no directory {text}; a name is a directory, a Hub id (owner/name), or zoo:gpt, zoo:vit, zoo:resnet")
+        return _from(text, task, config, text)
+    path = Path(text).expanduser()
+    if _check(path):
+        if config:
+            raise CheckpointError(f"{path} is packed: its configuration cannot be changed by {', '.join(config)}")
+        return pack.load_packed(path), _tokenizer(str(path), task)
+    return _from(str(path), task, config, f"the directory {path}")
+
+
+def _zoo(name: str, config: dict[str, Any]) -> tuple[nn.Module, Any]:
+    try:
+        from . import zoo  # type: ignore[attr-defined]
+    except ImportError as error:
+        raise CheckpointError(f"this installation has no zoo ({error}); install the whole package") from None
+    known = {key: getattr(zoo, key) for key in ("gpt", "vit", "resnet") if hasattr(zoo, key)}
+    if name not in known:
+        raise CheckpointError(unknown("zoo model", name, known))
+    takes = inspect.signature(known[name]).parameters
+    for key in config:
+        if key not in takes:
+            raise CheckpointError(f"zoo:{name}: " + unknown("argument", key, takes))
+    made = known[name](**config)
+    return made if isinstance(made, tuple) else (made, None)
+
+
+def _check(path: Path) -> bool:
+    """Whether a directory is a packed one of ours; raises where nothing can be loaded from it."""
+    found = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} has no config.json; found: {found}. Give the directory that holds config.json and model.safetensors")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path / 'config.json'} is no JSON ({error}); copy or save it again") from None
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        pickles = [p.name for kind in PICKLES for p in path.glob(kind)]
+        why = f"only pickle files ({', '.join(pickles)}), which are never opened; convert them where they were made" if pickles else f"found: {found}"
+        raise CheckpointError(f"{path} has no safetensors weights: {why}")
+    artefact.header(files)
+    return isinstance(config.get("quantization_config"), dict) and config["quantization_config"].get("quant_method") == artefact.METHOD
+
+
+def _from(where: str, task: str, config: dict[str, Any], told: str) -> tuple[nn.Module, Any]:
+    import transformers
+
+    try:
+        plan = transformers.AutoConfig.from_pretrained(where)
+        if getattr(plan, "quantization_config", None) is not None:
+            method = plan.quantization_config.get("quant_method") if isinstance(plan.quantization_config, dict) else "another library"
+            if method != artefact.METHOD:
+                raise CheckpointError(f"{told} is already quantized ({method}); training starts from a model in full precision")
+        model, report = getattr(transformers, TASKS[task]).from_pretrained(where, dtype=torch.float32, use_safetensors=True,
+                                                                           output_loading_info=True, **config)
+    except CheckpointError:
+        raise
+    except Exception as error:                                    # transformers raises OSError, ValueError, RuntimeError or KeyError for one fault
+        raise CheckpointError(_told(error, told)) from error
+    _complete(model, report, told)
+    return model.eval(), _tokenizer(where, task)
+
+
+def _complete(model: nn.Module, report: dict[str, Any], told: str) -> None:
+    """A missing tensor would be random: only a new head may be."""
+    body = getattr(model, "base_model_prefix", "")
+    missing = sorted(key for key in report.get("missing_keys", ()) if key.startswith(f"{body}."))
+    if missing:
+        raise CheckpointError(f"{told} lacks {len(missing)} tensors of {type(model).__name__} ({', '.join(missing[:3])}, ...); they would be random. "
+                              "The files belong to another model, or some are missing")
+
+
+def _told(error: Exception, told: str) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    short = " ".join(lines[:LINES])[:400] or type(error).__name__
+    if isinstance(error, OSError) and not told.startswith("the directory"):
+        return (f"{told} cannot be fetched and is not in the cache: no network, no such model, no right to read it, or no safetensors in it. "
+                f"Give a local directory instead. transformers says: {short}")
+    return f"{told} cannot be loaded: {short}"
+
+
+def _tokenizer(where: str, task: str) -> Any:
+    """The tokenizer (or image processor) that lies beside the weights, else None."""
+    import transformers
+
+    auto = transformers.AutoImageProcessor if task == "image" else transformers.AutoTokenizer
+    try:
+        return auto.from_pretrained(where)
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError):
+        return None

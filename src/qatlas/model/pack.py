@@ -1,0 +1,255 @@
+"""A trained model as an artefact: packed in place, saved, loaded, or handed to an exporter as a Checkpoint.
+
+    pack(model)                     masters go, codes come; the model computes the same values, bit for bit
+    save(model, "out")              model.safetensors, config.json with quantization_config, tokenizer; a trainable model may be given as it is
+    load_packed("out")              a transformers model, by the class that config.json names; `AutoModel...from_pretrained("out")` does the same
+    load_into(model, "out")         any nn.Module: build it in full precision, then fill it
+    checkpoint(model, "tok")        names of Hugging Face -> QTensor or Tensor, for qatlas.export
+
+A directory appears whole or not at all: it is written beside its place and renamed. Files are compared with the model before the model is touched.
+Nothing is pickled, nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..core.error import CheckpointError, QuantError
+from ..core.noun import Noun
+from ..core.qtensor import QTensor
+from ..layers.packed import Packed
+from . import artefact, hub
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json",
+             "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "preprocessor_config.json", "processor_config.json")
+
+
+def pack(model: nn.Module) -> nn.Module:
+    """Put its packed form in the place of every quantized layer, and return the model in eval mode. Layers with one weight share one Store.
+
+    Raises:
+        QuantError: a model without quantized layers, a quantizer that cannot give codes; the model is then as it was.
+
+    >>> from qatlas.core.scheme import weight; from qatlas.layers.linear import QLinear; from qatlas.layers.quantized import Slots
+    >>> model = nn.Sequential(QLinear.of(nn.Linear(64, 8), Slots(weight=weight(4))), nn.ReLU())
+    >>> x = torch.ones(1, 64); before = model(x)
+    >>> torch.equal(pack(model)(x), before), type(model[0]).__name__
+    (True, 'PackedLinear')
+    """
+    layers = artefact.packed(_quantized(model))
+    artefact.put(model, layers)
+    hub.untie(model, layers)
+    hub.adopt(model, hub.config_of(model, layers, _rules(model)))
+    return model.eval()
+
+
+def checkpoint(model: nn.Module, tokenizer: Path | str | None = None, name: str = "qatlas") -> Any:
+    """The model as an `export.Checkpoint`: its config, parameter names -> QTensor ((out, in) layout, also for GPT-2's Conv1D) or Tensor.
+
+    A tied head is left out, as in Hugging Face's own files. The model stays as it is, packed or not.
+
+    Raises:
+        QuantError: a layer whose codes are not those of its weight alone: a transform that is not folded, an adapter that is not merged.
+    """
+    from ..export.checkpoint import Checkpoint
+
+    layers = artefact.packed(_quantized(model))
+    full = {n: t for n, t in artefact.tensors(model, {n: y for n, y in layers.items() if isinstance(y, Packed)}).items()
+            if not _inside(n, layers)}
+    tensors: dict[str, Tensor | QTensor] = {}
+    seen: set[int] = set()
+    for at, layer in layers.items():
+        if not isinstance(layer, Packed) or id(layer.store) in seen:
+            continue
+        what = "transform" if layer.transform is not None else "adapter" if layer.adapter is not None and not _silent(layer) else None
+        if what:
+            raise QuantError(f"{at} has a {what}, which no exported weight contains; fold or merge it first")
+        seen.add(id(layer.store))
+        tensors[f"{at}.weight"] = _detached(layer.qtensor())
+    for at, layer in layers.items():
+        if isinstance(layer, Packed) and layer.bias is not None:
+            full[f"{at}.bias"] = layer.bias.detach().clone()
+        elif not isinstance(layer, Packed):
+            full |= {f"{at}.{n}": t.detach().clone() for n, t in layer.named_parameters(recurse=False)}
+    order = {n: i for i, n in enumerate(n for at, _ in model.named_modules() for n in (f"{at}.weight", f"{at}.bias"))}
+    tensors |= full
+    config = _config(model)
+    config.pop("quantization_config", None)
+    return Checkpoint(config, dict(sorted(tensors.items(), key=lambda item: order.get(item[0], len(order)))),
+                      None if tokenizer is None else Path(tokenizer), name)
+
+
+def save(model: nn.Module, path: Path | str, tokenizer: Any = None, rules: Any = None) -> Path:
+    """Write the packed model into a new directory.
+
+    tokenizer: an object with `save_pretrained`, or a directory whose tokenizer files are copied.
+    rules: kept in config.json; by default those that `quantize` left on the model.
+
+    Raises:
+        CheckpointError: a path that is taken, a tokenizer directory without a tokenizer.
+        QuantError: a model without quantized layers.
+    """
+    target = Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists and is not an empty directory; give another path, or remove it first")
+    layers = artefact.packed(_quantized(model))
+    config = hub.config_of(model, layers, _rules(model) if rules is None else [_json(rule) for rule in rules])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.part-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        save_file(artefact.tensors(model, layers), aside / "model.safetensors", metadata={"format": "pt"})
+        _save_config(model, config, aside)
+        _save_tokenizer(tokenizer, aside)
+        if target.exists():
+            target.rmdir()
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def load_packed(path: Path | str, dtype: torch.dtype | str = "auto") -> nn.Module:
+    """The transformers model that was saved in a directory, in eval mode. dtype: of what is not quantized; "auto" is what it was saved in.
+
+    Raises:
+        CheckpointError: no such directory, another library's model, another version, truncated or mismatched files, a class that transformers lacks.
+    """
+    import transformers
+
+    config = read_config(path)
+    names = config.get("architectures") or []
+    cls = getattr(transformers, names[0], None) if names else None
+    if cls is None:
+        found = names[0] if names else (config.get("qatlas") or {}).get("class", "a model")
+        raise CheckpointError(f"{path} holds {found}, which transformers cannot build; "
+                              "build it in full precision and call load_into(model, path)")
+    _files(path)
+    return cls.from_pretrained(str(path), dtype=dtype, local_files_only=True, use_safetensors=True)
+
+
+def load_into(model: nn.Module, path: Path | str) -> nn.Module:
+    """Turn a full-precision model of the same architecture into the packed model of a directory, in place; returned in eval mode.
+
+    Raises:
+        CheckpointError: as `load_packed`; the model is then as it was.
+    """
+    config = hub.Config.from_dict(read_config(path)["quantization_config"])
+    files = _files(path)
+    layers = artefact.rebuild(model, config.layers)
+    want = artefact.expected(model, layers)
+    artefact.check(want, artefact.header(files), path)
+    state = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    shared = {name: tensor for name, tensor in state.items() if not _inside(name, layers)}
+    for name, layer in layers.items():
+        mine = {key.removeprefix(f"{name}."): value.to(device) for key, value in state.items() if key.startswith(f"{name}.")}
+        mine = {key: value.float() if value.is_floating_point() and value.dtype.itemsize < 4 and ".scale" in f".{key}" else value
+                for key, value in mine.items()}
+        layer.load_state_dict(mine, strict=False, assign=True)    # `check` has seen that nothing is missing; a tied Store is filled by its first
+    artefact.put(model, layers)
+    model.load_state_dict(shared, strict=False)
+    hub.untie(model, layers)
+    hub.adopt(model, config)
+    return model.eval()
+
+
+def read_config(path: Path | str) -> dict[str, Any]:
+    """config.json of a packed directory, method and version checked.
+
+    Raises:
+        CheckpointError: no such file, no JSON, no quantization_config of ours.
+    """
+    file = Path(path) / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        found = ", ".join(sorted(p.name for p in Path(path).iterdir())) or "nothing" if Path(path).is_dir() else "no such directory"
+        raise CheckpointError(f"{path} has no config.json (found: {found}); give a directory that qatlas.save has written") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); copy or save it again") from None
+    ours = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(ours, dict):
+        raise CheckpointError(f"{path} holds a model in full precision (config.json has no quantization_config); use load(path)")
+    hub.Config.from_dict(ours)
+    return config
+
+
+def _files(path: Path | str) -> list[Path]:
+    files = sorted(Path(path).glob("model*.safetensors"))
+    if not files:
+        pickles = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in Path(path).glob(kind))
+        raise CheckpointError(f"{path} has no model.safetensors" + (f", only {', '.join(pickles)}: pickle files are never opened; "
+                              "convert them to safetensors where they were made" if pickles else "; the copy is not complete"))
+    artefact.header(files)
+    return files
+
+
+def _quantized(model: nn.Module) -> nn.Module:
+    if not artefact.holds(model):
+        raise QuantError(f"this {type(model).__name__} has no quantized layer; quantize(model, rules) comes first")
+    return model
+
+
+def _rules(model: nn.Module) -> list[Any]:
+    before = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    rules: Any = getattr(model, "qatlas_rules", None) or getattr(before, "rules", ())
+    return [_json(rule) for rule in rules]
+
+
+def _json(rule: Any) -> Any:
+    return rule.to_json() if isinstance(rule, Noun) else rule
+
+
+def _inside(name: str, layers: Any) -> bool:
+    return any(name.startswith(f"{at}.") for at in layers)
+
+
+def _silent(layer: Packed) -> bool:
+    """An adapter that is already in the codes."""
+    return getattr(getattr(layer.adapter, "spec", None), "place", None) in ("inside", "shift")
+
+
+def _detached(q: QTensor) -> QTensor:
+    scale = _detached(q.scale) if isinstance(q.scale, QTensor) else q.scale.detach().clone()
+    return QTensor(q.codes, scale, q.zero, q.offset, q.grid, q.grain, q.scale_dtype)
+
+
+def _config(model: Any) -> dict[str, Any]:
+    return model.config.to_dict() if hasattr(model, "config") and hasattr(model.config, "to_dict") else {}
+
+
+def _save_config(model: Any, config: hub.Config, folder: Path) -> None:
+    if not hasattr(model, "config") or not hasattr(model.config, "save_pretrained"):
+        cls = f"{type(model).__module__}.{type(model).__qualname__}"
+        text = json.dumps({"qatlas": {"class": cls}, "quantization_config": config.to_dict()}, indent=2)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        return
+    own = copy.deepcopy(model.config)
+    own.quantization_config, own.architectures, own.dtype = config, [type(model).__name__], config.dtype
+    own.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    if tokenizer is None:
+        return
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+        return
+    found = [Path(tokenizer) / name for name in TOKENIZER if (Path(tokenizer) / name).is_file()]
+    if not found:
+        raise CheckpointError(f"{tokenizer} has no tokenizer files (none of {', '.join(TOKENIZER[:4])}, ...)")
+    for file in found:
+        shutil.copyfile(file, folder / file.name)
