@@ -1,12 +1,6 @@
-"""One thread: small models are faster so, and results are the same everywhere."""
+"""Makes `tiny`, the small models and tasks of these tests, importable here and in the processes that they start."""
 
-import pytest
-import torch
+import sys
+from pathlib import Path
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+sys.path.append(str(Path(__file__).parent))

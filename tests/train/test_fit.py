@@ -87,14 +87,14 @@ def test_the_same_seed_gives_the_same_run_and_leaves_the_random_state_alone():
     torch.manual_seed(5)
     expected = torch.rand(2)
     torch.manual_seed(5)
-    one = fit(llama.__wrapped__() if hasattr(llama, "__wrapped__") else model_of(5), task(), steps=3)
+    one = fit(with_dropout(), task(), steps=3)
     assert torch.equal(torch.rand(2), expected)
-    two = fit(model_of(5), task(), steps=3)
-    other = fit(model_of(5), task(run=Run(seed=1, progress=False)), steps=3)
+    two = fit(with_dropout(), task(), steps=3)
+    other = fit(with_dropout(), task(run=Run(seed=1, progress=False)), steps=3)
     assert one.loss == two.loss and one.loss != other.loss
 
 
-def model_of(seed):
+def with_dropout():
     """A model with dropout; the process's random state is as before."""
     state = torch.get_rng_state()
     model = llama(dropout=0.2)
@@ -151,6 +151,7 @@ def test_curves(tmp_path):
     assert list((tmp_path / "out").rglob("events.out.tfevents*"))
 
 
+@pytest.mark.slow
 def test_two_processes_are_one():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -23,7 +23,8 @@ QUIET = Run(progress=False)
 def tokenizer(*columns, padding, truncation, max_length, return_tensors):
     rows = [[ord(c) % 32 for c in " ".join(parts)][:max_length] for parts in zip(*columns, strict=True)]
     n = max(map(len, rows))
-    return {"input_ids": torch.tensor([row + [0] * (n - len(row)) for row in rows]), "attention_mask": torch.tensor([[1] * len(r) + [0] * (n - len(r)) for r in rows])}
+    ids, seen = [row + [0] * (n - len(row)) for row in rows], [[1] * len(row) + [0] * (n - len(row)) for row in rows]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(seen)}
 
 
 class Bag(nn.Module):

@@ -82,10 +82,6 @@ class Sam(Tactic):
 
 
 def test_two_passes_make_sam():
-    plain, sam, zero = (run(t, scheme=None, optimizer=SGD(0.1)) for t in ([], [Sam()], [Sam(0.0)]))
-    assert not same(plain, sam)
-    assert all(torch.equal(x, y) for x, y in zip(plain[0].values(), zero[0].values(), strict=True)) is False or plain[1].loss != []
-    # one step by hand
     model, subject = llama().train(), task()
     batch = subject.batch(0)
     params = dict(model.named_parameters())
@@ -110,11 +106,12 @@ def test_each_pass_steps_its_own_groups():
             turns.append((loop.step, loop.turn))
 
     turns = []
-    state, history = run([Turns()])
+    state, _ = run([Turns()])
     start = quantized(llama(dropout=0.1), "w2").state_dict()
     moved = {name for name in state if not torch.equal(state[name], start[name])}
     assert turns == [(step, turn) for step in range(5) for turn in (0, 1)]
-    assert any(name.endswith(".scale") for name in moved) and any("proj.weight" in name for name in moved) and not any("norm" in name for name in moved)
+    assert any(name.endswith(".scale") for name in moved) and any("proj.weight" in name for name in moved)
+    assert not any("norm" in name for name in moved)
 
 
 def test_two_tactics_with_passes_are_refused():
