@@ -125,7 +125,8 @@ def pull(g: Tensor, x: Tensor, place: Place, shift: Tensor | None, quant: Quant,
     v = grid.snap(u)
     dx = quant.estimator(g, u, v, grid)
     ds = (g * quant.scale.slope(u, v, place.zero, grid)).sum(-1, keepdim=True) * strength
-    dzero = None if place.zero is None else -(g * ~grid.inside(u) * place.s).sum(-1, keepdim=True) * strength
-    doffset = None if place.offset is None else (g * ~grid.inside(u)).sum(-1, keepdim=True) * strength
+    outside = g if place.zero is None and place.offset is None else g * ~grid.inside(u, quant.scale.margin)
+    dzero = None if place.zero is None else -(outside * place.s).sum(-1, keepdim=True) * strength
+    doffset = None if place.offset is None else outside.sum(-1, keepdim=True) * strength
     dshift = None if shift is None else dx * place.s
     return dx, ds, dzero, doffset, dshift

@@ -116,6 +116,10 @@ class Uniform(Grid):
     def snap(self, u: Tensor) -> Tensor:
         return u.round().clamp(self.low, self.high) + 0.0
 
+    def inside(self, u: Tensor, margin: float = 0.0) -> Tensor:
+        """As everywhere; with margin 0.5 where rounding alone lands on the grid, ties as rounding breaks them (7.5 -> 8 is outside of 4 bits)."""
+        return super().inside(u.round()) if margin == 0.5 else super().inside(u, margin)
+
     def encode(self, v: Tensor) -> Tensor:
         return self._codes(v - (self.low - self.narrow))          # a narrow grid keeps the code of the full one
 
@@ -177,6 +181,9 @@ class Stretched(Grid):
     def __post_init__(self) -> None:
         if self.levels < 2:
             raise QuantError(f"Stretched needs at least 2 levels, not {self.levels}")
+        if not 1 - 2 / self.levels < self.clip < 1:
+            raise QuantError(f"Stretched({self.levels}) with clip {self.clip} never reaches its last level, or rounds beyond it; "
+                             f"take a clip between {1 - 2 / self.levels:.4g} and 1")
 
     @property
     def bits(self) -> int:

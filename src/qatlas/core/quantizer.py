@@ -104,9 +104,14 @@ class Quantizer(nn.Module):
             raise QuantError(f"a tensor of shape {tuple(x.shape)} holds NaN or infinity; a scale measured on it would spoil the layer")
         return self._hold(self.quant.scale.measure(view, self.quant.grid))
 
-    def observe(self) -> None:
-        """From now on let x pass and remember a sample of it; `settle` ends this."""
-        self._seen = []
+    def observe(self, on: bool = True) -> None:
+        """From now on let x pass and remember a sample of it; `settle` ends this, `observe(False)` ends it without a result."""
+        self._seen = [] if on else None
+
+    @property
+    def observed(self) -> bool:
+        """Whether something was seen since `observe`."""
+        return bool(self._seen)
 
     @torch.no_grad()
     def settle(self, gather: Any = None) -> None:
@@ -114,6 +119,7 @@ class Quantizer(nn.Module):
         if self._seen is None:
             return
         if not self._seen:
+            self._seen = None
             raise QuantError("a quantizer saw no input during calibration: its layer was never called on the calibration batches")
         seen, self._seen = torch.cat(self._seen, -1), None        # (groups, n)
         seen = seen if gather is None else gather(seen)

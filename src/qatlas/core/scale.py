@@ -12,8 +12,11 @@ values. What it measures is its class:
     Moving       a running average of another scale; a buffer, for static activations
     Learned      a parameter, started by another scale
 
-Each declares its *gradient*: "none" (recomputed and detached: BitNet, QuEST), "statistic" (flows on into x: AECCT), or "clipped"
-(LSQ's: v - u inside the grid, the end of the grid outside, times `factor`). `slope` is the rule; PACT and others override it.
+Each declares its *gradient*: "none" (recomputed and detached: BitNet, QuEST), "statistic" (flows on into x: AECCT), "clipped"
+(LSQ's: v - u inside the grid, the end of the grid outside, times `factor`) or "value" (v everywhere, the plain derivative of s v with v held: LR-QAT,
+and one-bit weights of BiT and ParetoQ). `slope` is the rule; PACT and others override it. What counts as inside has the two conventions that the
+literature has: `margin` 0 ends at the last level (LSQ, clip before round), 0.5 where rounding clips (torch's learnable fake quantization,
+EfficientQAT, LR-QAT: round before clip).
 
 And each declares the *type* in which the artefact will store it. `cast` rounds the step to that type in the forward pass, masters stay fp32, so codes
 are always taken from the step that will be stored. Its floor is the smallest positive number of that type (1e-8 is 0 in fp16), its sign policy says
@@ -24,6 +27,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -59,7 +63,8 @@ class Scale(Noun):
     dtype: the type in which the scale is stored: float32, float16, bfloat16, float8_e4m3fn, float8_e8m0fnu.
     floor: the smallest step; None takes the smallest positive number of dtype.
     sign: "positive" lifts a step below the floor to the floor; "abs" mirrors it; "free" keeps it (GGUF's d may be negative).
-    gradient: "none", "statistic" or "clipped".
+    gradient: "none", "statistic", "clipped" or "value".
+    margin: how many steps beyond the grid's reach still count as inside for the gradients of step, zero and offset; see `Clip` for that of x.
     factor: what the scale's gradient is multiplied with: a number, or "lsq" = 1 / sqrt(elements * Qp).
     over: whose elements "lsq" counts: "scale" (those that share it), "tensor" (all; ParetoQ) or "token" (the features of one token).
     nested: a Quant for the scales themselves, grouped along their last axis.
@@ -69,12 +74,13 @@ class Scale(Noun):
     floor: float | None = field(default=None, kw_only=True)
     sign: str = field(default="positive", kw_only=True)
     gradient: str = field(default="none", kw_only=True)
+    margin: float = field(default=0.0, kw_only=True)
     factor: str | float = field(default=1.0, kw_only=True)
     over: str = field(default="scale", kw_only=True)
     nested: Quant | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        for name, known in (("dtype", SMALLEST), ("sign", ("positive", "abs", "free")), ("gradient", ("none", "statistic", "clipped")),
+        for name, known in (("dtype", SMALLEST), ("sign", ("positive", "abs", "free")), ("gradient", ("none", "statistic", "clipped", "value")),
                             ("over", ("scale", "tensor", "token"))):
             if getattr(self, name) not in known:
                 raise QuantError(f"{type(self).__name__}({name}={getattr(self, name)!r}): {name} is one of {', '.join(known)}")
@@ -103,13 +109,13 @@ class Scale(Noun):
 
     @property
     def smallest(self) -> float:
-        """The floor in force."""
-        return SMALLEST[self.dtype] if self.floor is None else max(self.floor, SMALLEST[self.dtype])
+        """The floor in force: of the stored type, so that rounding to it does not fall below."""
+        return SMALLEST[self.dtype] if self.floor is None else _above(max(self.floor, SMALLEST[self.dtype]), self.dtype)
 
     def slope(self, u: Tensor, v: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
         """dy/ds, element by element: v - u inside, the end of the grid (minus the zero) outside. Source: LSQ, arXiv 1902.08153."""
         end = v if zero is None else v - zero
-        return torch.where(grid.inside(u), v - u, end)
+        return end if self.gradient == "value" else torch.where(grid.inside(u, self.margin), v - u, end)
 
     def strength(self, view: torch.Size, shape: torch.Size | tuple[int, ...], grid: Grid) -> float:
         """The gradient factor for a view of a tensor of `shape`."""
@@ -244,6 +250,16 @@ class Learned(Scale):
 
     def measure(self, x: Tensor, grid: Grid) -> Place:
         return self.start.measure(x, grid)
+
+
+@lru_cache
+def _above(floor: float, dtype: str) -> float:
+    """The smallest number of `dtype` that is not below floor; fp32 keeps floor itself, which every wider type can compare with."""
+    kind = getattr(torch, dtype)
+    near = float(torch.tensor(floor).to(kind).float())
+    if dtype == "float32" or near >= floor:
+        return floor if dtype == "float32" else near
+    return float(torch.tensor(floor + max(floor * torch.finfo(kind).eps, SMALLEST[dtype])).to(kind).float())
 
 
 def locate(x: Tensor, place: Place) -> Tensor:

@@ -208,8 +208,8 @@ def hadamard(x: Tensor, transpose: bool = False) -> Tensor:
     """x (..., n) -> x (H_K kron H_2^m) / sqrt(n), K the slow index; its own inverse for K = 1, else the transpose is. Differentiable; n log n for the
     power of two.
 
-    >>> hadamard(hadamard(torch.tensor([1.0, 2.0, 0.0, 0.0])))
-    tensor([1., 2., 0., 0.])
+    >>> hadamard(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
     n = x.shape[-1]
     order = odd_order(n)

@@ -108,7 +108,7 @@ class _Lora(Adapter):
 
     def merged(self, w: Tensor, layer: Quantized) -> Tensor:
         if self.spec.place == "inside":
-            return self.inside(layer.matrix())
+            return self.inside(w)
         if self.spec.place == "shift":
             return layer.hard()
         raise QuantError(f"an adapter {self.spec.place!r} does not merge: no low-bit grid holds the sum. "

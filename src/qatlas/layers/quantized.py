@@ -186,12 +186,24 @@ class Quantized(Layer):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Merge the adapter into the master, where that leaves codes and output as they are (see Adapter.merged)."""
-        if self.adapter is not None:
-            w = self.matrix() if self.transform is None else self.source()
-            self.weight.copy_(self.unmatrix(self.adapter.merged(w, self)))
-            self.adapter, self.slots = None, self.slots.but(adapter=None)
+        """Merge the adapter into the master (see Adapter.merged) and see that the codes stay.
+
+        Raises:
+            QuantError: an adapter that cannot merge, or whose merging would move codes; the layer is then as it was.
+        """
+        if self.adapter is None:
+            return
+        adapter, slots, master = self.adapter, self.slots, self.weight.clone()
+        codes = None if self.weight_quantizer is None else self.quantize().codes
+        self.weight.copy_(self.unmatrix(adapter.merged(self.matrix(), self)))
+        self.adapter, self.slots = None, slots.but(adapter=None)
+        self.refresh()
+        if codes is not None and not torch.equal(self.quantize().codes, codes):
+            self.weight.copy_(master)
+            self.adapter, self.slots = adapter, slots
             self.refresh()
+            raise QuantError("merging would move codes: the adapter is in the grid, and the scale is measured anew from the merged weight; "
+                             "train with a Learned scale, or pack the layer as it is")
 
     @torch.no_grad()
     def _keep(self, w: Tensor, shift: Tensor | None) -> Known:

@@ -1,0 +1,53 @@
+"""Floor 2: formats. One file or folder a format; each sees the numbers of floor 1 and nothing else of ours.
+
+A format module has
+
+    TARGETS      name -> the Quant that it would choose itself, or None where it stores plain values
+    fit          a Quant moved onto the target, or FormatError with the reason and the nearest that can
+    why_not      the reason alone, or None
+    write        Checkpoint -> file; the trained codes are packed as they are, never quantized again
+    read         file -> tensors under their Hugging Face names, through the format's public reader
+
+and is found by listing this folder: `target("gguf:q4_0")` is the module gguf and its target q4_0. There is no registry.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from ..core.error import FormatError, unknown
+from .checkpoint import Checkpoint
+
+__all__ = ["Checkpoint", "formats", "target"]
+
+
+def formats() -> list[str]:
+    """The formats there are, in the spelling of a target string.
+
+    >>> "gguf" in formats()
+    True
+    """
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__) if module.name != "checkpoint")
+
+
+def target(name: str) -> tuple[ModuleType, str]:
+    """A target string, "format:target" or "format" where a format has only one, -> its module and the target's name there.
+
+    Raises:
+        FormatError: a format or a target that does not exist; names the nearest.
+
+    >>> module, kind = target("gguf:q4_0")
+    >>> kind, module.TARGETS[kind].grid
+    ('q4_0', Uniform(bits=4, signed=True, narrow=False))
+    """
+    form, _, kind = name.partition(":")
+    if form.replace("_", "-") not in formats():
+        raise FormatError(unknown("export format", form, formats()) + "; a target reads format:kind, for instance gguf:q4_0")
+    module = importlib.import_module(f"{__name__}.{form.replace('-', '_')}")
+    if not kind and len(module.TARGETS) == 1:
+        kind = next(iter(module.TARGETS))
+    if kind not in module.TARGETS:
+        raise FormatError(unknown("target", name, [f"{form}:{known}" for known in module.TARGETS]))
+    return module, kind

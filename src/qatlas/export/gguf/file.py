@@ -1,0 +1,197 @@
+"""Writing and reading a GGUF file. The bytes of the header are the gguf package's work, the bytes of the blocks are ours (layout.py).
+
+What each tensor becomes, `plan` tells before anything is written:
+
+    QTensor                  the target's block; values in full for f32 and f16
+    1-D (norms, biases)      F32
+    other plain tensors      F16 where fp16 holds every value, else F32 (embeddings, heads, layers that a rule kept in full precision)
+
+A tied head is left out: readers take the embeddings. Nothing is rounded on the way: a tensor that the target cannot hold is refused before the file is
+begun, and the file appears under its name only when it is whole (written aside, synced, renamed); one that exists is not overwritten.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...core.error import FormatError
+from ...core.qtensor import QTensor
+from ..checkpoint import Checkpoint
+from . import llama
+from .fitting import block_steps, times, why_not
+from .layout import LAYOUTS
+from .vocab import vocabulary
+
+FILE_TYPES = {"f32": 0, "f16": 1} | {name: layout.file_type for name, layout in LAYOUTS.items()}
+
+
+def plan(checkpoint: Checkpoint, target: str) -> dict[str, str]:
+    """The GGUF name of each tensor to write -> its type there: "F32", "F16" or the target's block.
+
+    Raises:
+        FormatError: a tensor that is missing, that the architecture does not have, or that the target cannot hold.
+    """
+    llama.numbers(checkpoint.config)
+    names = _names(checkpoint)
+    missing, extra = llama.expected(checkpoint.config, set(names))
+    if missing or extra:
+        raise FormatError(f"the tensors are not those of this config: missing {', '.join(sorted(missing)) or 'none'}; "
+                          f"unknown {', '.join(sorted(extra)) or 'none'}")
+    kinds = {name: _kind(hf, checkpoint.tensors[hf], target) for name, hf in names.items()}
+    rows = checkpoint.tensors[names["token_embd.weight"]].shape[0]
+    if rows != checkpoint.config["vocab_size"]:
+        raise FormatError(f"the config says vocab_size {checkpoint.config['vocab_size']}, the embeddings have {rows} rows")
+    return kinds
+
+
+def write(checkpoint: Checkpoint, path: str | Path, target: str) -> Path:
+    """The checkpoint as a GGUF file that llama.cpp, transformers and the gguf package read.
+
+    Args:
+        path: the file to make; must not exist.
+        target: one of TARGETS.
+
+    Raises:
+        FormatError: what cannot be expressed (see `plan` and vocab.py), or a file that is in the way. Then nothing is left behind.
+    """
+    import gguf
+
+    path = Path(path)
+    if path.exists():
+        raise FormatError(f"{path} exists; remove it or choose another name")
+    kinds, names = plan(checkpoint, target), _names(checkpoint)
+    keys = {"general.name": checkpoint.name, "general.quantization_version": 2, "general.file_type": FILE_TYPES[target],
+            **llama.numbers(checkpoint.config), **vocabulary(checkpoint)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    writer = gguf.GGUFWriter(aside, "llama")
+    try:
+        for key, value in keys.items():
+            _add(writer, key, value)
+        for name, kind in kinds.items():
+            rows, raw = _bytes(name, checkpoint.tensors[names[name]], kind, checkpoint.config)
+            writer.add_tensor(name, rows, raw_dtype=raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.link(aside, path)                                      # unlike a rename, fails when someone else has made it meanwhile
+    except FileExistsError:
+        raise FormatError(f"{path} exists; remove it or choose another name") from None
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """The weights of a Llama GGUF file under their Hugging Face names, fp32, through gguf.GGUFReader and gguf.dequantize.
+
+    Raises:
+        FormatError: no file, a truncated or foreign one, or another architecture.
+    """
+    import gguf
+
+    reader = open_file(path)
+    architecture, heads, kv_heads = (field(reader, key) for key in ("general.architecture", "llama.attention.head_count", "llama.attention.head_count_kv"))
+    if architecture not in llama.ARCHITECTURES:
+        raise FormatError(f"{path} holds the architecture {architecture!r}; the GGUF reader knows {', '.join(llama.ARCHITECTURES)}")
+    out = {}
+    for tensor in reader.tensors:
+        name = llama.to_hf(tensor.name)
+        if name is None:
+            raise FormatError(f"{path} holds a tensor {tensor.name!r} that Llama does not have")
+        values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        count = llama.heads_of(tensor.name, heads, kv_heads or heads)
+        out[name] = values if count is None else llama.unpermute(values, count)
+    return out
+
+
+def open_file(path: str | Path) -> Any:
+    """gguf.GGUFReader, with the ways in which it fails on a truncated or foreign file said in words."""
+    import gguf
+
+    if not Path(path).is_file():
+        raise FormatError(f"there is no GGUF file {path}")
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, OSError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path} is no whole GGUF file: {error}. It is truncated or of another kind; write it anew") from None
+    if not reader.tensors:
+        raise FormatError(f"{path} is a GGUF file without tensors; it is truncated or a vocabulary only")
+    return reader
+
+
+def field(reader: Any, key: str) -> Any:
+    """One value of the header, or None."""
+    found = reader.get_field(key)
+    return None if found is None else found.contents()
+
+
+def _names(checkpoint: Checkpoint) -> dict[str, str]:
+    """GGUF name -> Hugging Face name, in the order of the checkpoint; a tied head left out."""
+    tied = checkpoint.config.get("tie_word_embeddings", False)
+    out = {}
+    for hf in checkpoint.tensors:
+        if hf.endswith(llama.SKIPPED) or (tied and hf == "lm_head.weight"):
+            continue
+        name = llama.to_gguf(hf)
+        if name is None:
+            raise FormatError(f"GGUF's llama has no tensor {hf!r}")
+        out[name] = hf
+    return out
+
+
+def _kind(name: str, tensor: Any, target: str) -> str:
+    """The type of one tensor, or the refusal."""
+    if isinstance(tensor, Tensor):
+        if not torch.isfinite(tensor).all():
+            raise FormatError(f"{name} holds NaN or infinity")
+        if target == "f32" or tensor.dim() < 2 or tensor.dtype == torch.float64:
+            return "F32"
+        exact = torch.equal(tensor.half().to(tensor.dtype), tensor)
+        if target == "f16" and not exact:
+            raise FormatError(f"{name} holds values that fp16 would round; write gguf:f32, or round the model first (model.half())")
+        return "F16" if exact else "F32"
+    reason = why_not(tensor, target, tuple(tensor.dequantize().shape) if target == "f32" else tuple(tensor.shape))
+    if reason is not None:
+        raise FormatError(f"gguf:{target} cannot hold {name}, shape {tuple(tensor.shape)}: {reason}")
+    return LAYOUTS[target].type if target in LAYOUTS else target.upper()
+
+
+def _bytes(name: str, tensor: Any, kind: str, config: dict[str, Any]) -> tuple[np.ndarray, Any]:
+    """One tensor in GGUF order: plain values, or (rows, bytes of a row) with the block type."""
+    import gguf
+
+    heads = llama.heads_of(name, config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"])
+    order = (lambda rows: rows) if heads is None else (lambda rows: llama.permute(rows, heads))
+    if kind in ("F32", "F16"):
+        values = tensor if isinstance(tensor, Tensor) else tensor.dequantize()
+        return order(values.detach().cpu()).to(torch.float16 if kind == "F16" else torch.float32).contiguous().numpy(), None
+    q, d = integers(tensor, kind.lower())
+    return LAYOUTS[kind.lower()].pack(order(q), order(d)).numpy(), gguf.GGMLQuantizationType[kind]
+
+
+def integers(tensor: QTensor, target: str) -> tuple[Tensor, Tensor]:
+    """A QTensor that `why_not` let through -> its integers (out, in) int16 and one step a block (out, in / size)."""
+    layout = LAYOUTS[target]
+    k = times(tensor.grid, layout)
+    d = block_steps(tensor.grain, tensor.steps, tuple(tensor.shape), layout.size)
+    if k is None or d is None:
+        raise FormatError(f"gguf:{target} cannot hold this tensor: {why_not(tensor, target)}")
+    return (tensor.values() * k).to(torch.int16).cpu(), (d / k).cpu()
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    """One key, in the type that llama.cpp reads it with."""
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    else:
+        {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](key, value)

@@ -1,0 +1,134 @@
+"""The Llama architecture in GGUF: names, numbers, and the order of the rows of q and k.
+
+llama.cpp turns neighbouring pairs (2i, 2i + 1) of a head by one angle, as Meta's code did; Hugging Face turns the pairs (i, i + D/2). The same model
+needs its q and k rows in another order: a head's D rows are two halves of D/2, and GGUF lists them alternately,
+
+    gguf row 2 i + h  =  hugging face row h D/2 + i        (H, 2, D/2, ...) -> (H, D/2, 2, ...)
+
+Rows move whole, with their codes and their steps; v, o and all others stay. Forgetting this leaves a model that loads, runs and talks nonsense.
+
+Source: convert_hf_to_gguf.py of llama.cpp (LlamaModel.permute, and the keys it writes).
+Rotary scaling: "default" and "linear" are expressed; others are refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor
+
+from ...core.error import FormatError
+
+ARCHITECTURES = ("llama",)
+PARTS = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}
+ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+SKIPPED = ("rotary_emb.inv_freq",)                                # a buffer that old checkpoints carry; it follows from the config
+
+
+def to_gguf(name: str) -> str | None:
+    """A Hugging Face parameter name -> GGUF's, or None for one that Llama does not have.
+
+    >>> to_gguf("model.layers.3.self_attn.q_proj.weight")
+    'blk.3.attn_q.weight'
+    """
+    stem, _, kind = name.rpartition(".")
+    if kind not in ("weight", "bias"):
+        return None
+    if stem in ENDS:
+        return f"{ENDS[stem]}.{kind}"
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
+    return f"blk.{match[1]}.{PARTS[match[2]]}.{kind}" if match and match[2] in PARTS else None
+
+
+def to_hf(name: str) -> str | None:
+    """The inverse of `to_gguf`.
+
+    >>> to_hf("blk.3.attn_q.weight")
+    'model.layers.3.self_attn.q_proj.weight'
+    """
+    stem, _, kind = name.rpartition(".")
+    ends = {gguf: hf for hf, gguf in ENDS.items()}
+    if stem in ends:
+        return f"{ends[stem]}.{kind}"
+    match = re.fullmatch(r"blk\.(\d+)\.(.+)", stem)
+    part = {gguf: hf for hf, gguf in PARTS.items()}.get(match[2]) if match else None
+    return f"model.layers.{match[1]}.{part}.{kind}" if match and part else None
+
+
+def heads_of(name: str, heads: int, kv_heads: int) -> int | None:
+    """How many heads share the rows of a tensor (GGUF name) that is permuted; None for one that is not."""
+    return {"attn_q": heads, "attn_k": kv_heads}.get(name.split(".")[-2])
+
+
+def permute(rows: Tensor, heads: int) -> Tensor:
+    """Hugging Face order -> GGUF order. rows (H D, ...).
+
+    >>> import torch
+    >>> permute(torch.arange(8), 2)
+    tensor([0, 2, 1, 3, 4, 6, 5, 7])
+    """
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def unpermute(rows: Tensor, heads: int) -> Tensor:
+    """The inverse of `permute`."""
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def numbers(config: dict[str, Any]) -> dict[str, int | float | str]:
+    """config.json -> the keys that llama.cpp needs to build the model.
+
+    Raises:
+        FormatError: another architecture, activation or rotary scaling than GGUF's llama has.
+    """
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise FormatError(f"the GGUF writer knows no architecture {kind!r}; it knows {', '.join(ARCHITECTURES)}")
+    if config.get("hidden_act", "silu") != "silu":
+        raise FormatError(f"GGUF's llama uses silu, the config says hidden_act={config['hidden_act']!r}")
+    try:
+        width, heads = config["hidden_size"], config["num_attention_heads"]
+        size = config.get("head_dim") or width // heads
+        rope = rotary(config)
+        return {
+            "llama.context_length": config["max_position_embeddings"],
+            "llama.embedding_length": width,
+            "llama.block_count": config["num_hidden_layers"],
+            "llama.feed_forward_length": config["intermediate_size"],
+            "llama.attention.head_count": heads,
+            "llama.attention.head_count_kv": config.get("num_key_value_heads") or heads,
+            "llama.attention.key_length": size,
+            "llama.attention.value_length": size,
+            "llama.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+            "llama.rope.dimension_count": size,
+            "llama.vocab_size": config["vocab_size"],
+            **rope,
+        }
+    except KeyError as missing:
+        raise FormatError(f"the config lacks {missing}, which GGUF needs") from None
+
+
+def rotary(config: dict[str, Any]) -> dict[str, int | float | str]:
+    """The rotary keys, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    given = config.get("rope_parameters") or {**(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta", 10000.0)}
+    kind = given.get("rope_type", given.get("type", "default"))
+    out: dict[str, int | float | str] = {"llama.rope.freq_base": float(given.get("rope_theta", 10000.0))}
+    if kind == "linear":
+        out |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": float(given["factor"])}
+    elif kind != "default":
+        raise FormatError(f"the GGUF writer cannot express rotary scaling {kind!r}; it knows default, linear")
+    return out
+
+
+def expected(config: dict[str, Any], names: set[str]) -> tuple[set[str], set[str]]:
+    """The GGUF names of the weights that a model of this config must have and does not, and of tensors it has beyond them."""
+    tied = config.get("tie_word_embeddings", False)
+    must = {f"{name}.weight" for name in ENDS.values() if not (tied and name == "output")}
+    must |= {f"blk.{i}.{part}.weight" for i in range(config["num_hidden_layers"]) for part in PARTS.values()}
+    may = {name.replace(".weight", ".bias") for name in must if name.startswith("blk.") and "norm" not in name}
+    return must - names, names - must - may

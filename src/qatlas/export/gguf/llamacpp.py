@@ -1,0 +1,88 @@
+"""Ask llama.cpp itself: the last word on whether a file means what we think.
+
+llama.cpp comes as the prebuilt wheel xllamacpp (extra "llamacpp"): its server, in a process of its own, on one thread unless told otherwise. A process
+of its own, because a file that llama.cpp dislikes can end the process that asked, because its logs then go nowhere, and because its end is clean.
+
+What to expect: keys and values are kept in fp32 here and attention is the plain one, so a file of F32 weights gives our log-probabilities to 1e-5. With
+quantized weights llama.cpp also quantizes the *inputs* of every matrix product to 8 bits, as the weight's type demands, and a file cannot ask it not to:
+
+    weight        inputs                                   top-10 log-probabilities of a small random model
+    F32           fp32                                     to 1e-5
+    F16           fp16                                     1e-3
+    Q8_0, Q4_0    8 bits, groups of 32, fp16 step          0.05; with the same rounding of inputs done by us, to 1e-3
+    TQ2_0         8 bits, groups of 256, fp32 step         0.05; with the same rounding of inputs done by us, to 1e-3
+
+A trained model has a wider spread of logits and smaller relative errors. A model that shall be at its best there trains with `a8` in groups of 32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ...core.error import FormatError, RunError
+from .file import field, open_file
+
+CHILD = Path(__file__).with_name("llamacpp_process.py")
+
+
+def available() -> bool:
+    """Whether the wheel is installed."""
+    return find_spec("xllamacpp") is not None
+
+
+def next_logprobs(path: str | Path, prompt: str | Sequence[int], k: int = 10) -> dict[int, float]:
+    """The k most probable next tokens after a prompt (text, or token ids taken as they are) -> their natural log-probabilities."""
+    return many_logprobs(path, [prompt], k)[0]
+
+
+def many_logprobs(path: str | Path, prompts: Sequence[str | Sequence[int]], k: int = 10) -> list[dict[int, float]]:
+    """`next_logprobs` of several prompts with one start of the engine."""
+    # The server leaves out a token whose text is half a character, and its probabilities with it. What it reports comes from the logits before any bias,
+    # so a bias makes it say a letter and changes nothing else.
+    ask = {"max_tokens": 1, "temperature": 0.0, "logprobs": k, "cache_prompt": False, "logit_bias": [[_letter(path), 1e6]]}
+    answers = _ask(path, [{"complete": {**ask, "prompt": prompt if isinstance(prompt, str) else list(prompt)}} for prompt in prompts])
+    tops = [answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"] for answer in answers]
+    return [{top["id"]: top["logprob"] for top in sorted(found, key=lambda top: -top["logprob"])} for found in tops]
+
+
+def generate(path: str | Path, text: str, n: int = 32) -> str:
+    """The n most probable tokens after a text, one after the other, as text (fewer when the text ends)."""
+    return str(_ask(path, [{"complete": {"prompt": text, "max_tokens": n, "temperature": 0.0, "cache_prompt": False}}])[0]["choices"][0]["text"])
+
+
+def tokenize(path: str | Path, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+    """Texts -> the ids that llama.cpp gives them. special: frame them with bos and eos as the header says, and read special tokens in the text."""
+    answers = _ask(path, [{"tokenize": {"content": text, "add_special": special, "parse_special": special}} for text in texts])
+    return [answer["tokens"] for answer in answers]
+
+
+def _letter(path: str | Path) -> int:
+    """The id of some ordinary piece that is one whole character."""
+    reader = open_file(path)
+    names, kinds = field(reader, "tokenizer.ggml.tokens") or [], field(reader, "tokenizer.ggml.token_type") or []
+    found = (i for i, (name, kind) in enumerate(zip(names, kinds, strict=False)) if kind == 1 and name.isascii() and name.isalpha())
+    return next(found, 0)
+
+
+def _ask(path: str | Path, jobs: list[dict[str, Any]], threads: int = 1, seconds: float = 600) -> list[Any]:
+    """Start, put the questions, collect the answers, end."""
+    if not available():
+        raise RunError('llama.cpp is not installed here; pip install "qatlas[llamacpp]"')
+    reader = open_file(path)
+    if field(reader, "tokenizer.ggml.model") in (None, "none", "no_vocab"):
+        raise FormatError(f"{path} has no vocabulary, and llama.cpp's server answers in words; write it from a checkpoint with a tokenizer")
+    context = int(field(reader, "llama.context_length") or 512)
+    request = json.dumps({"path": str(path), "context": min(context, 4096), "threads": threads, "jobs": jobs})
+    quiet = {**os.environ, "GGML_NO_BACKTRACE": "1"}              # without it an abort starts a debugger
+    done = subprocess.run([sys.executable, str(CHILD)], input=request, capture_output=True, text=True, timeout=seconds, env=quiet, check=False)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if " E " in line[:16] or "ASSERT" in line] or done.stderr.splitlines()[-3:]
+        raise FormatError(f"llama.cpp did not take {path} (exit {done.returncode}); it says:\n  " + "\n  ".join(said[:8]))
+    return list(json.loads(done.stdout))

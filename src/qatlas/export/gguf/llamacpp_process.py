@@ -1,0 +1,47 @@
+"""The other side of llamacpp.py: a JSON request on stdin, a JSON list of answers on stdout, llama.cpp's logs on stderr. Run as a file, so that it imports
+nothing of ours and starts in a tenth of a second. The server's port is open to this machine only, and only to who knows a random key.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+import urllib.request
+from typing import Any
+
+
+def main() -> None:
+    """Read, ask, answer."""
+    import xllamacpp
+
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)                                                 # whatever C++ prints is log
+    request, key = json.load(sys.stdin), secrets.token_hex()
+    params = xllamacpp.CommonParams()
+    params.model.path = request["path"]
+    params.n_ctx, params.n_parallel, params.n_gpu_layers = request["context"], 1, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = request["threads"]
+    kind = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.cache_type_k, params.cache_type_v, params.flash_attn_type = kind, kind, xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.warmup, params.enable_chat_template, params.api_keys = False, False, [key]
+    server = xllamacpp.Server(params)
+    answers = [_answer(server, key, job) for job in request["jobs"]]
+    del server                                                    # waits for its loop
+    json.dump(answers, out)
+    out.close()
+
+
+def _answer(server: Any, key: str, job: dict[str, Any]) -> Any:
+    if "complete" in job:
+        answer = server.handle_completions(job["complete"])
+        return json.loads(answer) if isinstance(answer, str | bytes) else answer
+    body = json.dumps(job["tokenize"]).encode()
+    call = urllib.request.Request(f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json", "Authorization": f"Bearer {key}"})
+    with urllib.request.urlopen(call, timeout=60) as reply:
+        return json.load(reply)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Coverage that cannot lie: which tensor got which numbers, and which quantizer really ran.
+
+Names alone lie: `nn.TransformerEncoderLayer` in eval mode calls none of its submodules, `MultiheadAttention.out_proj` is never called at all, and
+experts held as one 3-D parameter are no layer that a rule could replace. So `describe` runs one probe forward in train mode and one in eval mode,
+counts the calls of every quantizer, and lists every matrix of the model. A quantizer that never ran, and a matrix that no rule can reach, is an error
+unless a rule named it (`keep_full("*.experts.*")`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.error import RuleError
+from ..core.quantizer import Quant
+from ..layers.packed import Packed
+from ..layers.quantized import Quantized
+from .probe import forward, undisturbed
+from .roles import roles
+from .rules import quantizers, reachable
+
+
+@dataclass
+class Row:
+    """One matrix: its module, roles, shape, numbers, and how often its quantizers ran in (train, eval)."""
+
+    name: str
+    layer: str
+    role: str
+    shape: tuple[int, ...]
+    weight: str
+    input: str
+    bits: float
+    calls: tuple[int, int] = (0, 0)
+
+
+@dataclass
+class Coverage:
+    """The table. `silent`: quantizers that did not run in both modes; `unreached`: matrices that no rule can reach and none named."""
+
+    rows: list[Row] = field(default_factory=list)
+    silent: list[str] = field(default_factory=list)
+    unreached: list[str] = field(default_factory=list)
+
+    @property
+    def bits(self) -> float:
+        """Mean bits a weight, over all matrices (codes only)."""
+        sizes = [torch.Size(row.shape).numel() for row in self.rows]
+        return sum(row.bits * n for row, n in zip(self.rows, sizes, strict=True)) / max(sum(sizes), 1)
+
+    def check(self) -> Coverage:
+        """Raise if anything is silent or unreached.
+
+        Raises:
+            RuleError: with the names and what to write.
+        """
+        if self.silent:
+            raise RuleError(f"{len(self.silent)} quantizers never ran in the probe forward, for instance {', '.join(self.silent[:3])}. The model "
+                            "goes round these layers (a fused path?); keep them full by a rule, or use an implementation that calls them")
+        if self.unreached:
+            raise RuleError(f"{len(self.unreached)} matrices are reached by no rule, for instance {', '.join(self.unreached[:3])}. "
+                            f"Say so aloud: keep_full({self.unreached[0]!r}), or a glob")
+        return self
+
+    def table(self) -> list[dict[str, Any]]:
+        """Rows as plain dicts, for records and reports."""
+        return [vars(row) | {"shape": list(row.shape), "calls": list(row.calls)} for row in self.rows]
+
+
+def describe(model: nn.Module, batch: Any = None) -> Coverage:
+    """Which tensor has which numbers; with a batch, which quantizers ran in train and in eval. The model is left as it was.
+
+    >>> from qatlas.model.rules import quantize
+    >>> cover = describe(quantize(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)), "w4"), torch.zeros(1, 64))
+    >>> [(row.name, row.weight, row.calls) for row in cover.rows]
+    [('0', 'Uniform 4b', (1, 1)), ('1', 'full', (0, 0))]
+    """
+    calls = _calls(model, batch) if batch is not None else None
+    role, full = roles(model), set(getattr(model, "qatlas_full", ()))
+    cover = Coverage()
+    owned: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Quantized | Packed):
+            names = [n for n in (f"{name}.weight_quantizer", f"{name}.input_quantizer", f"{name}.output_quantizer") if calls and n in calls]
+            count = (0, 0) if calls is None or not names else (min(calls[n][0] for n in names), min(calls[n][1] for n in names))
+            shape = tuple(module.weight.shape) if isinstance(module, Quantized) else tuple(module.store.shape)
+            grid = module.store.grid if isinstance(module, Packed) else None
+            cover.rows.append(Row(name, type(module).__name__, _roles(role, name), shape, _say(module.slots.weight), _say(module.slots.input),
+                                  float(grid.bits if grid else module.slots.weight.bits if module.slots.weight else 32), count))
+            owned |= {id(p) for p in module.parameters()}
+        elif name in reachable(model) and name in full:
+            cover.rows.append(Row(name, type(module).__name__, _roles(role, name), tuple(module.weight.shape), "full", "full", 32.0))
+            owned |= {id(p) for p in module.parameters()}
+    cover.silent = [name for name, n in (calls or {}).items() if 0 in n and not _shared(model, name)]
+    cover.unreached = [name for name, p in model.named_parameters() if p.dim() > 1 and p.numel() > max(p.shape) and id(p) not in owned
+                       and not any(name == f or name.startswith(f + ".") for f in full if f) and "embed" not in name]
+    return cover
+
+
+def _calls(model: nn.Module, batch: Any) -> dict[str, list[int]]:
+    """Quantizer name -> calls in train, in eval."""
+    calls = {name: [0, 0] for name in quantizers(model)}
+    mode = 0
+
+    def count(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            calls[name][mode] += 1
+        return hook
+
+    hooks = [q.register_forward_hook(count(name)) for name, q in quantizers(model).items()]
+    try:
+        with undisturbed(model), torch.no_grad():
+            forward(model.train(), batch)
+            mode = 1
+            forward(model.eval(), batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _shared(model: nn.Module, name: str) -> bool:
+    """A packed layer's weight quantizer does not run; only trainable layers' must."""
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), Packed) and name.endswith("weight_quantizer")
+
+
+def _roles(role: dict[str, set], name: str) -> str:
+    return " ".join(sorted(r.value for r in role.get(name, ())))
+
+
+def _say(quant: Quant | None) -> str:
+    return "full" if quant is None else f"{type(quant.grid).__name__} {quant.bits}b"

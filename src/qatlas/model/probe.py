@@ -1,0 +1,71 @@
+"""Probe: look at a model while it runs, and leave it as it was.
+
+`undisturbed` restores buffers (batch norm's running statistics), the train/eval mode of every module and the random state, so that a probe forward
+can be run anywhere without changing what comes after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.error import QuantError
+
+
+def forward(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch: keywords of a dict, or one positional input."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if isinstance(batch, dict):
+        return model(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()})
+    return model(batch.to(device))
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Inside, forwards may change buffers, modes and random numbers; outside nothing has happened."""
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    modes = [(module, module.training) for module in model.modules()]
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            for name, buffer in model.named_buffers():
+                if name in kept:
+                    buffer.copy_(kept[name])
+            for module, mode in modes:
+                module.training = mode
+
+
+@torch.no_grad()
+def peaks(model: nn.Module, batches: Iterable[Any], names: Iterable[str]) -> dict[str, Tensor]:
+    """max|x| of each input channel of the named layers, over some batches: name -> (in,).
+
+    Raises:
+        QuantError: a layer that was never called.
+    """
+    names = list(names)
+    found: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple) -> None:
+            peak = args[0].detach().abs().flatten(0, -2).amax(0)
+            found[name] = torch.maximum(found[name], peak) if name in found else peak
+        return hook
+
+    with undisturbed(model):
+        model.eval()
+        hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+        try:
+            for batch in batches:
+                forward(model, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise QuantError(f"{missing[0]} was never called on the calibration batches; its transform needs max|x| of its input")
+    return found

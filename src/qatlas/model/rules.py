@@ -1,0 +1,258 @@
+"""Rules: which tensors get which numbers. Data, not code: a list of `Rule`s goes to JSON and back and gives the same model.
+
+    quantize(model, [*keep_full(Role.EMBEDDING, Role.HEAD), Rule("*", weight=w4, input=a8)])
+    quantize(model, "w2a8-g64")                                    # the same, from a bit string
+
+A rule names modules by a glob on their names or by a role ("@head"); the first rule that matches wins, for each slot by itself: one rule may set the
+weight of a layer and a later one its input. A slot set to None says full precision aloud. An address "glob:signal" reaches a signal of a module
+("*.q_proj:output"), and sets its `signal` slot.
+
+Nothing is silent: a user's rule that matches nothing is an error with the nearest names; so are a signal that a module does not have, one parameter
+under two different Quants, and, with a target, a tensor that the target cannot hold. An embedding's input is ids, which no rule quantizes.
+
+Layers are replaced in place by their quantized form, which shares their parameters. What was decided stays on the model as `qatlas_rules`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.error import FormatError, QuantError, RuleError, nearest
+from ..core.noun import Noun
+from ..core.quantizer import Quant, Quantizer
+from ..core.scheme import scheme
+from ..core.transform import Transform
+from ..layers.adapter import AdapterSpec
+from ..layers.conv import QConv1d, QConv2d
+from ..layers.embedding import QEmbedding
+from ..layers.linear import QLinear, QTransposed
+from ..layers.packed import Packed
+from ..layers.quantized import Quantized, Slots
+from .probe import peaks
+from .roles import Role, roles
+
+LAYERS: tuple[type[Quantized], ...] = (QLinear, QTransposed, QConv1d, QConv2d, QEmbedding)
+
+
+@dataclass(frozen=True)
+class Unset(Noun):
+    """A slot of which a rule says nothing."""
+
+
+UNSET = Unset()
+
+
+@dataclass(frozen=True)
+class Rule(Noun):
+    """where: a glob on module names, a role, or an address "glob:signal". The slots: a value, None (full precision), or nothing said.
+
+    optional: a rule of the library's own, which may match nothing.
+    """
+
+    where: str
+    weight: Quant | Unset | None = UNSET
+    input: Quant | Unset | None = UNSET
+    output: Quant | Unset | None = UNSET
+    transform: Transform | Unset | None = UNSET
+    adapter: AdapterSpec | Unset | None = UNSET
+    keep: str | Unset = UNSET
+    signal: Quant | Unset | None = UNSET
+    optional: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "where", str(self.where))
+        if self.signal != UNSET and ":" not in self.where:
+            raise RuleError(f"Rule({self.where!r}, signal=...): a signal has an address, for instance {self.where + ':output'!r}")
+
+    def matches(self, name: str, role: set[Role]) -> bool:
+        """Whether a module of this name and these roles is meant."""
+        glob = self.where.partition(":")[0]
+        return glob in role if glob.startswith("@") else fnmatch.fnmatchcase(name, glob)
+
+    def said(self) -> dict[str, Any]:
+        """Slot -> value, for the slots that the rule sets; a signal's address becomes the slot of that name."""
+        slots = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("where", "signal", "optional")}
+        if self.signal != UNSET:
+            slots[self.where.partition(":")[2]] = self.signal
+        return {name: value for name, value in slots.items() if value != UNSET}
+
+
+def keep_full(*where: str) -> list[Rule]:
+    """Rules that leave these roles or globs in full precision. A role may be absent from a model; a glob may not."""
+    return [Rule(each, weight=None, input=None, output=None, transform=None, adapter=None, optional=str(each).startswith("@")) for each in where]
+
+
+def of_scheme(text: str) -> list[Rule]:
+    """The rules of a bit string: embeddings, heads and classifiers full, all other layers as it says."""
+    parts = scheme(text)
+    if parts.cache is not None:
+        raise RuleError(f"the scheme {text!r} asks for a quantized key/value cache; rules reach weights and inputs. Leave the kv part out")
+    return [*keep_full(Role.EMBEDDING, Role.HEAD, Role.CLASSIFIER), Rule("*", weight=parts.weight, input=parts.input)]
+
+
+def quantize(model: nn.Module, rules: str | Sequence[Rule], task: Any = None) -> nn.Module:
+    """Replace the layers of `model` in place, as the rules say, and return it.
+
+    task: brings the target (every weight's Quant is fitted to it, or refused), extra rules (they come first), and calibration data for transforms and
+    static activations. Without a task, static activations wait for `calibrate`.
+
+    Raises:
+        RuleError: a rule that matches nothing, an unknown signal, a parameter under two Quants, a model that is quantized already.
+        QuantError, FormatError: numbers that cannot work, or that the target cannot hold.
+
+    >>> model = quantize(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)), "w4")
+    >>> type(model[0]).__name__, type(model[1]).__name__
+    ('QLinear', 'Linear')
+    """
+    rules = [*getattr(task, "extra_rules", ()), *(of_scheme(rules) if isinstance(rules, str) else rules)]
+    taken = [name for name, module in model.named_modules() if isinstance(module, Quantized | Packed)]
+    if taken:
+        raise RuleError(f"{taken[0]} is quantized already, and {len(taken) - 1} more layers; start from the full-precision model")
+    plan = _plan(model, rules)
+    if getattr(task, "target", None):
+        plan = _fitted(model, plan, task.target)
+    _check_tied(model, plan)
+    thirsty = [name for name, slots in plan.items() if slots.transform is not None and slots.transform.needs_peak]
+    peak = peaks(model, task.calibration(), thirsty) if thirsty and task is not None else {}
+    _replace(model, plan, peak)
+    model.qatlas_rules = tuple(rules)  # type: ignore[assignment]
+    if task is not None and any(not q.ready or getattr(q.quant.grid, "signed", True) is None for q in quantizers(model).values()):
+        task.calibrate(model)
+    return model
+
+
+def quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """Name -> Quantizer, for all of them."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
+
+
+def quantized(model: nn.Module) -> dict[str, Quantized]:
+    """Name -> trainable quantized layer."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Quantized)}
+
+
+def reachable(model: nn.Module) -> dict[str, type[Quantized]]:
+    """Module name -> the quantized layer that can stand in its place. A subclass with a forward of its own is not reachable."""
+    found = {}
+    for name, module in model.named_modules():
+        for layer in LAYERS:
+            if isinstance(module, layer.replaces) and type(module).forward is layer.replaces.forward:
+                found[name] = layer
+    return found
+
+
+def _plan(model: nn.Module, rules: Sequence[Rule]) -> dict[str, Slots]:
+    """Module name -> what the rules say of it, for the modules that get any numbers."""
+    layers, role = reachable(model), roles(model)
+    everything = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
+    used: set[int] = set()
+    plan, full = {}, set()
+    for name in everything:
+        said: dict[str, Any] = {}
+        for index, rule in enumerate(rules):
+            if not rule.matches(name, role.get(name, set())):
+                continue
+            if name in layers or not _wants(rule) or ":" in rule.where:
+                used.add(index)
+            for slot, value in rule.said().items():
+                said.setdefault(slot, value)
+        if name in layers:
+            slots = _slots(name, said, layers[name])
+            if slots != Slots(keep=slots.keep):
+                plan[name] = slots
+        if said.get("weight", UNSET) is None:
+            full.add(name)
+    for index, rule in enumerate(rules):
+        if index not in used and not rule.optional:
+            _unused(rule, index, list(layers) if _wants(rule) else everything)
+    model.qatlas_full = full  # type: ignore[assignment]
+    return plan
+
+
+def _wants(rule: Rule) -> bool:
+    """Whether a rule gives numbers (then it must reach a layer), and does not only keep things full."""
+    return any(value is not None for value in rule.said().values())
+
+
+def _slots(name: str, said: dict[str, Any], layer: type[Quantized]) -> Slots:
+    unknown = set(said) - {field.name for field in fields(Slots)}
+    if unknown:
+        raise RuleError(f"{name} ({layer.__name__}) has no signal {', '.join(sorted(unknown))}; it has input and output")
+    if layer is QEmbedding:
+        said = {slot: value for slot, value in said.items() if slot in ("weight", "output", "keep")}
+    return Slots(**said)
+
+
+def _unused(rule: Rule, index: int, names: Iterable[str]) -> None:
+    names = [name for name in names if name]
+    glob = rule.where.partition(":")[0]
+    close = nearest(glob, names) or sorted({name.split(".")[-1] for name in names})[:5]
+    raise RuleError(f"rule {index + 1} ({rule.where!r}) matches no {'layer' if _wants(rule) else 'module'}.\n  nearest names: {', '.join(close)}\n"
+                    f"  roles: {', '.join(Role)}\n"
+                    "  A rule that matches nothing would leave tensors in full precision unseen; take it out or mend the name.")
+
+
+def _fitted(model: nn.Module, plan: dict[str, Slots], target: str) -> dict[str, Slots]:
+    """The plan with every weight's Quant moved onto the target's grid, group and scale type."""
+    from ..export import target as find_target
+
+    form, kind = find_target(target)
+    out = {}
+    for name, slots in plan.items():
+        if slots.weight is None:
+            out[name] = slots
+            continue
+        weight: Any = model.get_submodule(name).weight
+        shape = tuple(weight.T.shape if reachable(model)[name] is QTransposed else weight.shape)
+        try:
+            out[name] = slots.but(weight=form.fit(slots.weight, kind, shape))
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from None
+    return out
+
+
+def _check_tied(model: nn.Module, plan: dict[str, Slots]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name in reachable(model):
+        weight = getattr(model.get_submodule(name), "weight", None)
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(name)
+    for names in owners.values():
+        said = {plan[name].weight if name in plan else None for name in names}
+        if len(said) > 1:
+            raise RuleError(f"{' and '.join(names)} share one weight but the rules give them different numbers; "
+                            "give both the same Quant, or untie them")
+
+
+def _replace(model: nn.Module, plan: dict[str, Slots], peak: dict[str, Tensor]) -> None:
+    layers, made = reachable(model), {}
+    shared: dict[int, Any] = {}
+    for name, slots in plan.items():
+        module = model.get_submodule(name)
+        try:
+            made[name] = layers[name].of(module, slots, peak.get(name))
+        except QuantError as error:
+            raise QuantError(f"{name}: {error}") from None
+        first = shared.setdefault(id(module.weight), made[name])
+        made[name].weight_quantizer = first.weight_quantizer      # tied weights share one quantizer
+    for name, layer in made.items():
+        old = model.get_submodule(name)
+        for parent in model.modules():
+            for child, inner in parent._modules.items():
+                if inner is old:
+                    parent._modules[child] = layer
+
+
+@torch.no_grad()
+def untie(model: nn.Module) -> nn.Module:
+    """Give the output embeddings a copy of their own, so that they and the input embeddings may get different numbers."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    return model

@@ -1,0 +1,154 @@
+"""Record: what ran, so that anyone can run it again. It is a plain dataclass that goes to record.json; figures and the report see nothing else.
+
+`scores` holds the metrics of each stage by name, in the order in which they were taken: "full precision", "untrained" (quantized, before the first step),
+"trained", "packed", and one for each export and reader. `sizes` holds bytes by the same names where there are any.
+
+`Watch` is the tactic through which a run records itself: the score before the first step, and the held-out curve. It draws no random numbers and
+changes nothing: a watched run is bit-identical to an unwatched one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import resource
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .core.error import CheckpointError
+from .model.probe import undisturbed
+from .model.rules import quantized
+from .train.evaluate import evaluate
+from .train.tactic import Loop, Tactic
+
+LIBRARIES = ("qatlas", "torch", "transformers", "accelerate", "datasets", "safetensors", "gguf", "xllamacpp", "numpy")
+
+
+@dataclass
+class Record:
+    """Everything about one run. Paths are as the user gave them; times in seconds, sizes and memory in bytes.
+
+    history: one dict of lists a fit (see train.tactic.History). curve: (step, metrics) of held-out scores along the way. coverage: rows of
+    model.coverage. errors: layer -> relative error of its weight, |w - hard|^2 / |w|^2, before and after training. samples: stage -> text.
+    proofs: what was compared with what, and how it came out.
+    """
+
+    paper: str
+    arguments: dict[str, Any]
+    command: str
+    model: str = ""
+    data: str = ""
+    fingerprint: str = ""
+    target: str | None = None
+    seed: int = 0
+    rules: list[Any] = field(default_factory=list)
+    coverage: list[dict[str, Any]] = field(default_factory=list)
+    bits: float = 32.0
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    history: list[dict[str, list[float]]] = field(default_factory=list)
+    curve: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    samples: dict[str, str] = field(default_factory=dict)
+    proofs: list[dict[str, Any]] = field(default_factory=list)
+    times: dict[str, float] = field(default_factory=dict)
+    peak_memory: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, out: Path) -> Path:
+        """out/record.json, written aside and renamed."""
+        self.versions, self.machine, self.peak_memory = versions(), machine(), peak_memory()
+        path, aside = out / "record.json", out / "record.json.part"
+        aside.write_text(json.dumps(dataclasses.asdict(self), indent=1, default=str), encoding="utf-8")
+        os.replace(aside, path)
+        return path
+
+    @classmethod
+    def read(cls, out: str | Path) -> Record:
+        """The record of a run's directory.
+
+        Raises:
+            CheckpointError: no record, or one that is not ours.
+        """
+        path = Path(out) / "record.json"
+        if not path.is_file():
+            raise CheckpointError(f"{out} holds no record.json, so it is not the directory of a qatlas run; found: {listing(Path(out))}")
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise CheckpointError(f"{path} is not a record of this qatlas: {error}") from None
+
+
+class Watch(Tactic):
+    """Record the score before the first step, and every `every` steps (0: never)."""
+
+    def __init__(self, record: Record, every: int = 0) -> None:
+        self._record, self.every = record, every
+
+    def start(self, loop: Loop) -> None:
+        if "untrained" not in self._record.scores:
+            self._record.errors = {name: (error, error) for name, error in weight_errors(loop.model).items()}
+            self._record.scores["untrained"] = self._score(loop)
+
+    def after(self, loop: Loop) -> None:
+        if self.every and (loop.step + 1) % self.every == 0 and loop.step + 1 < loop.steps:
+            self._record.curve.append((loop.step + 1, self._score(loop)))
+
+    def state_dict(self) -> dict[str, Any]:
+        kept = self._record
+        return {"scores": kept.scores, "curve": kept.curve, "errors": kept.errors, "times": kept.times}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self._record, name, value)
+
+    def _score(self, loop: Loop) -> dict[str, float]:
+        with undisturbed(loop.model):
+            return evaluate(loop.model, loop.task)
+
+
+@torch.no_grad()
+def weight_errors(model: nn.Module) -> dict[str, float]:
+    """Layer -> |w - hard|^2 / |w|^2, for the trainable quantized layers."""
+    layers = {name: layer for name, layer in quantized(model).items() if layer.weight_quantizer is not None}
+    return {name: float((layer.weight - layer.hard()).square().sum() / layer.weight.square().sum().clamp(min=1e-30)) for name, layer in layers.items()}
+
+
+def versions() -> dict[str, str]:
+    """Library -> version, of those that are installed."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What it ran on, without names of hosts or people."""
+    return {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+
+
+def peak_memory() -> int:
+    """The process's largest resident size so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def listing(directory: Path) -> str:
+    """The first names in a directory, for messages."""
+    if not directory.is_dir():
+        return "no such directory"
+    names = sorted(path.name for path in directory.iterdir())
+    return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "") if names else "nothing"

@@ -1,0 +1,221 @@
+"""fit: THE loop. Accumulation, precision, clipping, resume points and logging are all it knows; whatever else a method does is a loss, an optimizer
+or a tactic.
+
+The global batch of a step is `task.batch(step)`. Each rank takes its rows, cut into micro-batches; the loss of a micro-batch is weighted by its
+number of counted items (tokens with a label, rows) over that of the whole batch, so that
+
+    sum_i  w_i / W  loss_i  =  the loss of the whole batch
+
+however the batch is cut, also where answers are of unequal length; no rank needs to ask another, since all know the whole batch. Masters are fp32:
+trained parameters in less are widened. The random state of the process is set from (seed, phase, rank) inside and given back afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from ..core.error import RunError
+from .optim import AdamW, Optimizer, only, trained
+from .resume import Phase, Point, described, fingerprint, load_optimizer, load_random, load_state, optimizer_state, random_state, state_of
+from .run import Run, agreed, bar, check_precision, gathered
+from .schedule import constant
+from .tactic import History, Loop, Loss, Pass, Tactic
+from .task import Batch, Task, moved
+
+
+def fit(model: nn.Module, task: Task, *, train: str | Sequence[str] = "*", optimizer: Optimizer | None = None,
+        schedule: Callable[[float], float] | None = None, steps: int, loss: Loss | None = None, tactics: Sequence[Tactic] = (),
+        clip: float | None = 1.0) -> History:
+    """Train `model` in place for `steps` optimizer steps; it ends in eval mode.
+
+    train: globs on parameter names; what fits none is frozen meanwhile. schedule: progress (0 to 1) -> factor on the learning rates.
+    loss: (model, batch) -> a mean over the batch's items, in place of the task's. clip: the largest norm of the gradient, or None.
+
+    Raises:
+        RunError: a loss or gradient that is not finite, two tactics with passes, bf16 on a chip without. RuleError: a glob that fits nothing.
+        CheckpointError: a resume point that is not of this run.
+    """
+    if steps < 1:
+        raise RunError(f"steps={steps}: a fit needs at least one step")
+    run, optimizer, schedule, objective = task.run, optimizer or AdamW(), schedule or constant(), loss or task.loss
+    tactics = (*tactics, *run.tactics)
+    if run.plan:
+        raise Planned(estimate(model, task, train=train, optimizer=optimizer, schedule=schedule, steps=steps, loss=loss, clip=clip))
+    accelerator = Accelerator(mixed_precision="no", log_with="tensorboard" if run.tensorboard else None, project_dir=run.out)
+    check_precision(run.precision, accelerator.device)
+    trained(model, train) if not tactics else None                # a wrong glob fails before anything moves
+    phase = run.phase("fit", {
+        "model": fingerprint(model), "task": task.fingerprint, "train": described(train), "optimizer": described(optimizer),
+        "schedule": described(schedule), "steps": steps, "loss": described(loss), "tactics": described(list(tactics)), "clip": clip})
+    point = phase.read()
+    model.to(accelerator.device)
+    loop = Loop(model, task, steps, accelerator)
+    gradients, outside = [(p, p.requires_grad) for p in model.parameters()], random_state()
+    try:
+        set_seed(hash((run.seed, phase.number, accelerator.process_index)) % 2**32)
+        _begin(loop, train, optimizer, tactics, point)
+        if point is None or not point.finished:
+            _steps(loop, run, phase, schedule, objective, tactics, clip)
+            phase.write(_point(loop, tactics, finished=True)) if accelerator.is_main_process else None
+    finally:
+        load_random(outside)
+        for parameter, flag in gradients:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+    accelerator.wait_for_everyone()
+    model.eval()
+    run.histories.append(loop.history)
+    return loop.history
+
+
+class Planned(Exception):
+    """Raised by the first fit of a planned run, in place of training. `estimate`: what it would have cost."""
+
+    def __init__(self, estimate: dict[str, Any]) -> None:
+        super().__init__("planned, not trained")
+        self.estimate = estimate
+
+
+def estimate(model: nn.Module, task: Task, *, steps: int, **arguments: Any) -> dict[str, Any]:
+    """Cost of a fit, from three steps that are really taken (the model is spoilt): seconds, and the largest memory of the process in bytes."""
+    real, task.run = task.run, Run(None, seed=task.run.seed, precision=task.run.precision, micro=task.run.micro, progress=False)
+    try:
+        history = fit(model, task, steps=3, **arguments)
+    finally:
+        task.run = real
+    step = sorted(history.seconds)[1]
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"steps": steps, "tokens": history.tokens[0] * steps, "seconds a step": step, "seconds": step * steps, "peak memory": peak}
+
+
+def _begin(loop: Loop, train: str | Sequence[str], optimizer: Optimizer, tactics: Sequence[Tactic], point: Point | None) -> None:
+    """Structure, then weights, then the optimizer, then its moments."""
+    for tactic in tactics:
+        tactic.start(loop)
+    if point is not None:
+        for i, (tactic, state) in enumerate(zip(tactics, point.plain["tactics"], strict=True)):
+            own = {name.partition(".")[2]: t for name, t in point.tensors.get("tactics.safetensors", {}).items() if name.startswith(f"{i}.")}
+            tactic.load_state_dict({**state, **own})
+        load_state(loop.model, point.tensors["model.safetensors"])
+        loop.step, loop.history = point.step, History(**point.plain["history"])
+    loop.names = trained(loop.model, train)
+    for parameter in loop.model.parameters():
+        parameter.requires_grad_(parameter in loop.names)
+    for parameter in loop.names:
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+    loop.optimizer = optimizer.build(loop.model, loop.names)
+    if point is not None and not point.finished:
+        load_optimizer(loop.optimizer, loop.names, point.tensors["optimizer.safetensors"], point.plain["optimizer"])
+        load_random({name: t[loop.accelerator.process_index] for name, t in point.tensors["rng.safetensors"].items()})
+    loop.refresh()
+
+
+def _steps(loop: Loop, run: Run, phase: Phase, schedule: Callable[[float], float], objective: Loss, tactics: Sequence[Tactic],
+           clip: float | None) -> None:
+    model, accelerator = loop.model, loop.accelerator
+    wrapped = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
+    model.train()
+    if run.tensorboard:
+        _curves(accelerator)
+    with bar("fit", loop.steps, run.progress and accelerator.is_main_process, loop.step) as advance:
+        for step in range(loop.step, loop.steps):
+            loop.step, began = step, time.perf_counter()
+            factor = schedule(loop.progress)
+            for group in loop.optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            loop.batch = moved(loop.task.batch(step), accelerator.device)
+            value, norm = _step(loop, wrapped, run, objective, tactics, clip)
+            rate, items = loop.optimizer.param_groups[0]["lr"], loop.task.weight(loop.batch)
+            loop.history.add(loss=value, lr=rate, grad_norm=norm, seconds=time.perf_counter() - began, tokens=items)
+            if run.tensorboard:
+                accelerator.log({"loss": value, "lr": rate, "grad_norm": norm}, step=step)
+            advance(f"loss {value:.4f}")
+            loop.step = step + 1
+            if agreed(accelerator, phase.due(step + 1)) and step + 1 < loop.steps:
+                point = _point(loop, tactics)
+                phase.write(point) if accelerator.is_main_process else None
+    if run.tensorboard:
+        accelerator.end_training()
+
+
+def _step(loop: Loop, wrapped: nn.Module, run: Run, objective: Loss, tactics: Sequence[Tactic], clip: float | None) -> tuple[float, float]:
+    """One step: mean loss over its passes, norm of the last gradient."""
+    for tactic in tactics:
+        tactic.before(loop)
+    asked = [found for tactic in tactics if (found := tactic.passes(loop)) is not None]
+    if len(asked) > 1:
+        raise RunError("two tactics want to say which passes a step consists of; only one can")
+    passes = asked[0] if asked else [Pass()]
+    losses, norm = [], 0.0
+    for loop.turn, part in enumerate(passes):
+        part.enter(loop) if part.enter is not None else None
+        loop.optimizer.zero_grad() if part.fresh else None
+        losses.append(_backward(loop, wrapped, run, part.loss or objective, tactics))
+        for tactic in tactics:
+            tactic.grads(loop)
+        grads = [p for p in loop.names if p.grad is not None]
+        norm = float(nn.utils.clip_grad_norm_(grads, math.inf if clip is None else clip))
+        if not (math.isfinite(losses[-1]) and math.isfinite(norm)):
+            raise RunError(f"step {loop.step}: the loss is {losses[-1]}, the norm of the gradient {norm}. Lower the learning rate, warm up, "
+                           "or look for a layer with too few bits; the weights are those before this step")
+        with only(loop.optimizer, part.steps):
+            loop.optimizer.step() if part.steps != () else None
+        loop.refresh() if part.steps != () else None
+    loop.optimizer.zero_grad()
+    for tactic in tactics:
+        tactic.after(loop)
+    return sum(losses) / len(losses), norm
+
+
+def _backward(loop: Loop, wrapped: nn.Module, run: Run, objective: Loss, tactics: Sequence[Tactic]) -> float:
+    """Forward and backward over this rank's micro-batches; the loss of the global batch."""
+    accelerator, task = loop.accelerator, loop.task
+    ranks, rank, rows = accelerator.num_processes, accelerator.process_index, len(next(iter(loop.batch.values())))
+    if rows < ranks:
+        raise RunError(f"a batch of {rows} rows cannot be shared by {ranks} processes; give a larger batch")
+    mine = range(rank * rows // ranks, (rank + 1) * rows // ranks)
+    size, whole = run.micro or max(len(mine), 1), max(task.weight(loop.batch), 1)
+    total = torch.zeros((), device=accelerator.device)
+    for first in mine[::size]:
+        part: Batch = {name: value[first : min(first + size, mine.stop)] for name, value in loop.batch.items()}
+        last = first + size >= mine.stop
+        with contextlib.nullcontext() if last or ranks == 1 else accelerator.no_sync(wrapped):
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+                value = objective(wrapped, part)
+                for tactic in tactics:
+                    value = tactic.loss(loop, value, part)
+            share = task.weight(part) / whole
+            accelerator.backward(value * (share * ranks))         # ranks: DDP takes the mean of what is meant as a sum
+            total += value.detach() * share
+    return float(accelerator.reduce(total, "sum"))
+
+
+def _point(loop: Loop, tactics: Sequence[Tactic], finished: bool = False) -> Point:
+    states = [tactic.state_dict() for tactic in tactics]
+    rest = [{k: v for k, v in state.items() if not isinstance(v, Tensor)} for state in states]
+    plain: dict[str, Any] = {"history": vars(loop.history), "tactics": rest}
+    own = {f"{i}.{k}": v for i, state in enumerate(states) for k, v in state.items() if isinstance(v, Tensor)}
+    tensors = {"model.safetensors": state_of(loop.model)} | ({"tactics.safetensors": own} if own else {})
+    if not finished:
+        tensors["optimizer.safetensors"], plain["optimizer"] = optimizer_state(loop.optimizer, loop.names)
+        tensors["rng.safetensors"] = {name: gathered(loop.accelerator, t) for name, t in random_state().items()}
+    return Point(loop.step, finished, plain, tensors)
+
+
+def _curves(accelerator: Accelerator) -> None:
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        raise RunError("curves need TensorBoard: pip install 'qatlas[tensorboard]', or run without tensorboard=True") from None
+    accelerator.init_trackers("tensorboard")

@@ -1,0 +1,128 @@
+"""Run: what all papers share that is not data: the seed, the precision, where to save, whether to resume.
+
+A run counts its phases. The verbs ask for their phase (`run.phase`), so a paper's function needs no code for resuming; see resume.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..core.error import RunError
+from .resume import Phase
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from .tactic import History, Tactic
+
+LEFT = ("state", "record.json", "model.safetensors", "report.html", "exports")    # what tells that a directory holds a run
+PRECISIONS = ("no", "bf16")
+
+
+class Run:
+    """The settings of one run.
+
+    out: the directory of all that the run leaves behind; None keeps nothing.
+    seed: of batches, dropout and all else that is drawn.
+    resume: go on from out/state.
+    precision: "no" computes in fp32; "bf16" multiplies in bfloat16 (autocast), masters and moments stay fp32.
+    micro: rows of one forward on one device; None takes a rank's whole share of the batch. Smaller needs less memory and changes nothing else.
+    save_every: steps between resume points; None writes one every `save_seconds`.
+    tactics: join those of every fit (a watch, a logger); set after making. histories: of the fits so far. plan: the first fit raises `Planned` with
+    what it would cost.
+    progress: a progress bar, where standard error is a terminal. tensorboard: curves in out/tensorboard.
+
+    Raises:
+        RunError: an output directory that holds another run; a setting that does not exist.
+    """
+
+    def __init__(self, out: str | Path | None = None, *, seed: int = 0, resume: bool = False, precision: str = "no", micro: int | None = None,
+                 save_every: int | None = None, save_seconds: float = 60.0, progress: bool = True, tensorboard: bool = False) -> None:
+        self.out = None if out is None else Path(out)
+        self.seed, self.resume, self.precision, self.micro, self.progress, self.tensorboard = seed, resume, precision, micro, progress, tensorboard
+        self.save_every, self.save_seconds, self.phases = save_every, save_seconds, 0
+        self.tactics: tuple[Tactic, ...] = ()
+        self.histories: list[History] = []
+        self.plan = False
+        if precision not in PRECISIONS:
+            raise RunError(f"there is no precision {precision!r}; there are {', '.join(PRECISIONS)}")
+        for name, value in (("micro", micro), ("save_every", save_every)):
+            if value is not None and value < 1:
+                raise RunError(f"{name}={value}: give a positive number, or None")
+        if tensorboard and out is None:
+            raise RunError("tensorboard curves need an output directory: give out=")
+        if self.out is not None:
+            self._claim(self.out)
+
+    def phase(self, verb: str, arguments: dict[str, Any]) -> Phase:
+        """The next phase, with the signature that its resume points must have."""
+        self.phases += 1
+        directory = None if self.out is None else self.out / "state" / f"phase-{self.phases:02d}"
+        signature = {"verb": verb, "phase": self.phases, "seed": self.seed, "precision": self.precision, "micro": self.micro, **arguments}
+        return Phase(directory, self.phases, signature, self.save_every, self.save_seconds)
+
+    def finish(self) -> None:
+        """The run ended well and its results are saved: remove the resume points."""
+        if self.out is not None and (self.out / "state").is_dir():
+            shutil.rmtree(self.out / "state")
+
+    def _claim(self, out: Path) -> None:
+        if out.exists() and not out.is_dir():
+            raise RunError(f"{out} is a file; give a directory")
+        found = [name for name in LEFT if (out / name).exists()]
+        if found and not self.resume:
+            advice = "continue it with resume=True (--resume), or " if "state" in found else ""
+            raise RunError(f"{out} holds another run ({', '.join(found)}); {advice}give another output directory. Nothing was overwritten")
+        if self.resume and found and "state" not in found:
+            raise RunError(f"{out} holds a run that ended ({', '.join(found)}): there is nothing to resume. Give another output directory")
+
+
+@contextmanager
+def bar(title: str, total: int, wanted: bool = True, done: int = 0) -> Iterator[Callable[[str], None]]:
+    """A progress bar where standard error is a terminal; yields a function to call once a step with a short text."""
+    if not (wanted and sys.stderr.isatty()):
+        yield lambda text: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+    with Progress(*columns, console=Console(stderr=True)) as shown:
+        line = shown.add_task(title, total=total, completed=done, text="")
+        yield lambda text: shown.update(line, advance=1, text=text)
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise RunError where bf16 is asked of a chip without it."""
+    if precision != "bf16":
+        return
+    if device.type == "cpu":
+        asked = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+        able = any(ask() for ask in asked if ask is not None)
+    else:
+        able = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if not able:
+        raise RunError(f"this {device.type} computes no bfloat16 (it would be emulated, several times slower than fp32); take precision='no'")
+
+
+def gathered(accelerator: Accelerator, state: Tensor) -> Tensor:
+    """(n,) on each rank -> (ranks, the longest n)."""
+    if accelerator.num_processes == 1:
+        return state[None]
+    padded = accelerator.pad_across_processes(state[None].to(accelerator.device), dim=1)
+    return accelerator.gather(padded).cpu()
+
+
+def agreed(accelerator: Accelerator, due: bool) -> bool:
+    """The first rank's word, on all ranks: clocks differ."""
+    if accelerator.num_processes == 1:
+        return due
+    return bool(accelerator.reduce(torch.tensor(float(due and accelerator.is_main_process), device=accelerator.device), "sum"))

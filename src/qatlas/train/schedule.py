@@ -1,0 +1,73 @@
+"""Schedules: the factor on the learning rate as a pure function of progress.
+
+Progress is the middle of the step as a part of the run, (step + 1/2) / steps, in (0, 1): so neither the first step of a warm-up nor the last of a
+decay to zero is lost. A schedule is any function of it; those here are values, which resume points can compare.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..core.noun import Noun
+
+
+@dataclass(frozen=True)
+class Schedule(Noun):
+    """Rise from 0 to 1 during `warmup` (a part of the run), then go to `end`.
+
+    >>> Schedule(warmup=0.5)(0.25), Schedule(warmup=0.5)(0.75)
+    (0.5, 1.0)
+    """
+
+    warmup: float = 0.0
+    end: float = 1.0
+
+    def __call__(self, progress: float) -> float:
+        if progress < self.warmup:
+            return progress / self.warmup
+        along = (progress - self.warmup) / max(1 - self.warmup, 1e-12)
+        return self.end + (1 - self.end) * self.fall(min(along, 1.0))
+
+    def fall(self, along: float) -> float:
+        """From 1 at 0 to 0 at 1."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """Half a cosine wave (Loshchilov and Hutter, SGDR, 2016, arXiv 1608.03983, without restarts)."""
+
+    def fall(self, along: float) -> float:
+        return 0.5 * (1 + math.cos(math.pi * along))
+
+
+@dataclass(frozen=True)
+class Linear(Schedule):
+    """A straight line."""
+
+    def fall(self, along: float) -> float:
+        return 1 - along
+
+
+def cosine(warmup: float = 0.0, end: float = 0.0) -> Schedule:
+    """Rise during `warmup`, then half a cosine wave down to `end`.
+
+    >>> round(cosine()(0.5), 6)
+    0.5
+    """
+    return Cosine(warmup, end)
+
+
+def linear(warmup: float = 0.0, end: float = 0.0) -> Schedule:
+    """Rise during `warmup`, then a straight line down to `end`.
+
+    >>> linear(end=0.5)(0.5)
+    0.75
+    """
+    return Linear(warmup, end)
+
+
+def constant(warmup: float = 0.0) -> Schedule:
+    """Rise during `warmup`, then 1."""
+    return Schedule(warmup, 1.0)

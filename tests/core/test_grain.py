@@ -1,0 +1,60 @@
+"""Grains: the view and its inverse, the shape of the scales, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qatlas.core.error import QuantError
+from qatlas.core.grain import Block, Grain, Group, PerChannel, PerTensor, PerToken
+
+shapes = st.lists(st.integers(1, 3), min_size=1, max_size=3).map(lambda s: [4 * s[0], *s[1:], 8])
+FITTING = [PerTensor(), PerChannel(), PerChannel(-1), PerChannel(1), PerToken(), Group(4), Group(8), Block(2, 4), Block(4, 8)]
+
+
+@pytest.mark.parametrize("grain", FITTING, ids=str)
+@settings(max_examples=25, deadline=None)
+@given(shapes)
+def test_back_undoes_view(grain: Grain, shape: list[int]) -> None:
+    x = torch.randn(shape)
+    view = grain.view(x)
+    assert torch.equal(grain.back(view, x.shape), x)
+    assert grain.scale_shape(x.shape) == tuple(view.shape[:-1])
+    assert torch.equal(view.flatten().sort().values, x.flatten().sort().values)
+
+
+def test_each_grain_shares_what_it_says() -> None:
+    x = torch.arange(24.0).reshape(4, 6)
+    assert PerTensor().view(x).shape == (1, 24)
+    assert torch.equal(PerChannel().view(x), x)
+    assert torch.equal(PerChannel(-1).view(x), x.T)
+    assert torch.equal(PerToken().view(x), x)
+    assert Group(3).view(x)[1, 0].tolist() == [6, 7, 8]
+    assert Block(2, 3).view(x)[0, 1].tolist() == [3, 4, 5, 9, 10, 11]
+
+
+@pytest.mark.parametrize(("grain", "shape", "scales"), [
+    (PerTensor(), (4, 6), (1,)), (PerChannel(), (4, 6), (4,)), (PerChannel(-1), (2, 3, 6), (6,)), (PerToken(), (2, 3, 6), (2, 3)), (Group(3), (4, 6), (4, 2)),
+    (Block(2, 3), (4, 6), (2, 2)), (Group(4), (5, 3, 2, 2), (5, 3)), (PerChannel(), (5, 3, 2, 2), (5,)), (Group(4), (8,), (1, 2)), (PerTensor(), (3,), (1,)),
+])
+def test_shapes_of_scales(grain: Grain, shape: tuple[int, ...], scales: tuple[int, ...]) -> None:
+    assert grain.scale_shape(shape) == scales
+
+
+def test_a_convolution_is_grouped_over_its_whole_fan_in() -> None:
+    w = torch.randn(4, 3, 2, 2)
+    assert torch.equal(Group(6).view(w), w.reshape(4, 2, 6))
+    assert torch.equal(Block(2, 6).back(Block(2, 6).view(w), w.shape), w)
+
+
+def test_a_group_that_does_not_divide_is_refused_with_those_that_do() -> None:
+    with pytest.raises(QuantError, match=r"group of 128 does not divide the 96 inputs.*16, 32"):
+        Group(128).view(torch.empty(4, 96))
+    with pytest.raises(QuantError, match="take per channel"):
+        Group(4).view(torch.empty(4, 7))
+    with pytest.raises(QuantError, match="do not tile"):
+        Block(3, 2).view(torch.empty(4, 6))
+    with pytest.raises(QuantError):
+        Group(0).view(torch.empty(4, 6))

@@ -1,0 +1,158 @@
+"""Quant and Quantizer: the three ways of one formula, refit, calibration, state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from qatlas.core.error import QuantError
+from qatlas.core.estimator import Clip
+from qatlas.core.grain import Group, PerChannel, PerTensor, PerToken
+from qatlas.core.grid import Sign, Ternary, Uniform
+from qatlas.core.quantizer import Quant, Quantizer
+from qatlas.core.scale import AbsMax, AbsMean, Learned, MinMax, Moving
+
+seeds = st.integers(0, 2**31)
+STATIC = Quant(Uniform(4, None), PerTensor(), Learned(AbsMax(), over="token"), Clip())
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds)
+def test_refit_is_least_squares(seed: int) -> None:
+    """No other step of the same codes is nearer; TWN's is the mean of the survivors, a binary net's mean|w|."""
+    x = draw(seed, 3, 20)
+    twn = Quant(Ternary(0.7), scale=AbsMean(), refit=True)
+    stored = twn.quantize(x)
+    v, s = stored.values(), stored.steps
+    for row in range(3):
+        alive = v[row] != 0
+        assert s[row].item() == pytest.approx(x[row][alive].abs().mean().item(), rel=1e-5)
+    error = (x - s[:, None] * v).square().sum(1)
+    for times in (0.99, 1.01):
+        assert (error <= (x - times * s[:, None] * v).square().sum(1)).all()
+    torch.testing.assert_close(Quant(Sign(), scale=AbsMean(), refit=True).quantize(x).steps, x.abs().mean(1))
+
+
+def test_refit_keeps_the_step_where_all_is_zero() -> None:
+    y = Quant(Ternary(0.7), scale=AbsMean(), refit=True).hard(torch.zeros(2, 5))
+    assert torch.equal(y, torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_shape_and_type_stay(dtype: torch.dtype) -> None:
+    x = draw(0, 2, 3, 8).to(dtype)
+    quantizer = Quantizer(Quant(Uniform(4), PerToken()))
+    assert quantizer(x).shape == x.shape and quantizer(x).dtype == dtype and quantizer.hard(x).dtype == dtype
+
+
+def test_codes_come_from_the_step_that_is_stored() -> None:
+    x = draw(0, 4, 32)
+    stored = Quant(Uniform(4), Group(32), AbsMax(dtype="float8_e4m3fn")).quantize(x)
+    assert torch.equal(stored.codes.float() - 8, (x / stored.steps).round().clamp(-8, 7))
+
+
+def test_used_before_it_is_ready() -> None:
+    quantizer = Quantizer(STATIC)
+    assert not quantizer.ready and "not calibrated" in repr(quantizer)
+    with pytest.raises(QuantError, match="before it is initialised"):
+        quantizer(draw(0, 2, 8))
+    with pytest.raises(QuantError, match="before it is initialised"):
+        quantizer.quantize(draw(0, 2, 8))
+
+
+def calibrated(*batches: torch.Tensor) -> Quantizer:
+    quantizer = Quantizer(STATIC)
+    quantizer.observe()
+    for batch in batches:
+        assert quantizer(batch) is batch                           # calibration lets x pass
+    quantizer.settle()
+    return quantizer
+
+
+def test_calibration_decides_the_sign_and_measures_all_batches() -> None:
+    unsigned = calibrated(draw(0, 2, 8).abs(), 5 * torch.ones(1, 8))
+    assert unsigned.quant.grid == Uniform(4, False) and unsigned.scale.tolist() == pytest.approx([5 / 15])
+    signed = calibrated(draw(0, 2, 8), torch.tensor([[14.0]]))
+    assert signed.quant.grid == Uniform(4, True) and signed.scale.tolist() == [2.0]
+    assert unsigned.ready and isinstance(unsigned.scale, nn.Parameter)
+
+
+def test_calibration_that_saw_nothing_or_nonsense() -> None:
+    quantizer = Quantizer(STATIC)
+    quantizer.settle()                                             # never asked to observe: nothing happens
+    assert not quantizer.ready
+    quantizer.observe()
+    with pytest.raises(QuantError, match="saw no input"):
+        quantizer.settle()
+    with pytest.raises(QuantError, match="NaN or infinity"):
+        calibrated(torch.tensor([[1.0, torch.nan]]))
+
+
+def test_calibration_gathers_over_ranks() -> None:
+    quantizer = Quantizer(STATIC)
+    quantizer.observe()
+    quantizer(torch.ones(1, 4))
+    quantizer.settle(gather=lambda seen: torch.cat([seen, 30 * seen], -1))
+    assert quantizer.scale.tolist() == [2.0]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_spoiled_weight_is_refused(bad: float) -> None:
+    with pytest.raises(QuantError, match=r"shape \(1, 2\) holds NaN or infinity"):
+        Quantizer(Quant(Uniform(4), PerChannel(), Learned())).initialise(torch.tensor([[1.0, bad]]))
+
+
+@pytest.mark.parametrize("scale", [Learned(), Moving()])
+def test_kept_scales_cannot_serve_tokens(scale: Learned | Moving) -> None:
+    with pytest.raises(QuantError, match="per token"):
+        Quantizer(Quant(Uniform(4), PerToken(), scale))
+
+
+@pytest.mark.parametrize("scale", [Learned(), Learned(MinMax()), Learned(MinMax("offset")), Moving(AbsMax()), Moving(MinMax())])
+def test_state_fills_a_module_that_was_never_calibrated(scale: Learned | Moving) -> None:
+    quant = Quant(Uniform(4, False), PerChannel(), scale)
+    one, other = nn.Sequential(Quantizer(quant)), nn.Sequential(Quantizer(quant))
+    x = draw(1, 3, 8)
+    one[0].initialise(x)
+    assert all(t.dtype == torch.float32 and t.dim() >= 1 for t in one.state_dict().values())
+    other.load_state_dict(one.state_dict())
+    assert other[0].ready and torch.equal(other[0](x), one[0](x))
+    assert [n for n, _ in other.named_parameters()] == [n for n, _ in one.named_parameters()]
+    assert [n for n, _ in other.named_buffers()] == [n for n, _ in one.named_buffers()]
+
+
+def test_initialising_again_replaces_the_scale() -> None:
+    quantizer = Quantizer(Quant(Uniform(4), PerTensor(), Learned())).initialise(torch.tensor([7.0]))
+    quantizer.initialise(torch.tensor([14.0]))
+    assert quantizer.scale.tolist() == [2.0] and len(list(quantizer.parameters())) == 1
+
+
+def test_off_lets_pass() -> None:
+    quantizer = Quantizer(STATIC)
+    quantizer.on = False
+    x = draw(0, 3)
+    assert quantizer(x) is x
+
+
+def test_a_learned_zero_is_whole_and_on_the_grid() -> None:
+    quantizer = Quantizer(Quant(Uniform(4, False), PerTensor(), Learned(MinMax()))).initialise(draw(0, 20))
+    for zero, kept in ((3.4, 3), (-2.0, 0), (99.0, 15)):
+        quantizer.zero.data.fill_(zero)
+        assert torch.unique(quantizer(torch.zeros(4))).tolist() == [0]
+        assert quantizer.quantize(torch.zeros(4)).codes.unique().tolist() == [kept]
+
+
+def test_a_scale_below_zero_follows_its_sign_policy() -> None:
+    x = draw(0, 16)
+    for sign in ("positive", "abs", "free"):
+        quantizer = Quantizer(Quant(Uniform(4), PerTensor(), Learned(sign=sign))).initialise(x)
+        quantizer.scale.data.neg_()
+        assert torch.equal(quantizer(x), quantizer.quantize(x).dequantize())
+        assert (quantizer.quantize(x).steps < 0).item() == (sign == "free")

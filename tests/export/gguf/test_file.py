@@ -1,0 +1,182 @@
+import gguf
+import pytest
+import torch
+from conftest import MATRICES, checkpoint, llama
+
+from qatlas.core.error import FormatError
+from qatlas.core.grain import Group, PerChannel, PerTensor
+from qatlas.core.grid import HalfStep, Ternary, Uniform
+from qatlas.core.qtensor import QTensor
+from qatlas.core.quantizer import Quant
+from qatlas.core.scale import AbsMax, AbsMean, MinMax
+from qatlas.core.scheme import weight
+from qatlas.export.gguf import TARGETS, fit, llama as names, plan, read, write
+
+QUANTS = {
+    "q8_0": ("q8_0", TARGETS["q8_0"]),
+    "q4_0": ("q4_0", TARGETS["q4_0"]),
+    "tq2_0": ("tq2_0", TARGETS["tq2_0"]),
+    "ternary per channel": ("tq2_0", fit(weight(1.58), "tq2_0", (256, 256))),
+    "ternary per tensor": ("tq2_0", Quant(Ternary(), PerTensor(), AbsMean(dtype="float16"))),
+    "ternary per channel in q4_0": ("q4_0", fit(weight(1.58), "q4_0", (256, 256))),
+    "half steps in q4_0": ("q4_0", fit(Quant(HalfStep(2), PerChannel(), AbsMean()), "q4_0", (256, 256))),
+    "int4 groups of 64, signed steps": ("q4_0", Quant(Uniform(4), Group(64), AbsMax(dtype="float16", sign="free"))),
+    "affine in f32": ("f32", Quant(Uniform(3, False), Group(64), MinMax(zero="offset"))),
+    "ternary in f16": ("f16", Quant(Ternary(), PerChannel(), AbsMean(dtype="float16"))),
+    "plain": ("f32", None),
+}
+
+
+def values(tensor):
+    return tensor.dequantize() if isinstance(tensor, QTensor) else tensor
+
+
+def rounded(model):
+    """Embeddings and head as fp16 holds them."""
+    model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data.half().float()
+    model.lm_head.weight.data = model.lm_head.weight.data.half().float()
+    return model
+
+
+@pytest.mark.parametrize("case", QUANTS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_readers_give_back_the_trained_weights(case, tied, tmp_path):
+    target, quant = QUANTS[case]
+    made = checkpoint(rounded(llama(tied)), quant)
+    back = read(write(made, tmp_path / "m.gguf", target))
+    assert back.keys() == made.tensors.keys()
+    for name, tensor in made.tensors.items():
+        assert torch.equal(back[name], values(tensor)), name
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("case", QUANTS)
+def test_transformers_computes_the_same_logits(case, tmp_path, tokenizer_dir):
+    from transformers import AutoModelForCausalLM
+
+    target, quant = QUANTS[case]
+    model = rounded(llama(head_dim=128))
+    write(checkpoint(model, quant, tokenizer_dir), tmp_path / "m.gguf", target)
+    ids = torch.arange(40).reshape(2, 20)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    assert torch.equal(theirs(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("broken", ["permute", "unpermute"])
+def test_without_the_permutation_the_weights_are_others(broken, tmp_path, monkeypatch):
+    monkeypatch.setattr(names, broken, lambda rows, heads: rows)
+    made = checkpoint(llama(), TARGETS["q4_0"])
+    back = read(write(made, tmp_path / "m.gguf", "q4_0"))
+    wrong = {name.split(".")[-2] for name, tensor in made.tensors.items() if not torch.equal(back[name], values(tensor))}
+    assert wrong == {"q_proj", "k_proj"}
+
+
+def test_the_plan_says_what_each_tensor_becomes(tmp_path):
+    made = checkpoint(llama(), TARGETS["tq2_0"])
+    made.tensors["lm_head.weight"] = made.tensors["lm_head.weight"].half()
+    said = plan(made, "tq2_0")
+    assert said["token_embd.weight"] == "F32" and said["output.weight"] == "F16" and said["blk.0.attn_norm.weight"] == "F32"
+    reader = gguf.GGUFReader(write(made, tmp_path / "m.gguf", "tq2_0"))
+    assert {tensor.name: tensor.tensor_type.name for tensor in reader.tensors} == said
+    assert sum(kind == "TQ2_0" for kind in said.values()) == 2 * len(MATRICES)
+
+
+def test_header(tmp_path):
+    reader = gguf.GGUFReader(write(checkpoint(llama(), None), tmp_path / "m.gguf", "f32"))
+    said = {key: found.contents() for key, found in reader.fields.items()}
+    wanted = {"general.architecture": "llama", "general.name": "tiny", "general.file_type": 0, "general.quantization_version": 2, "llama.vocab_size": 310,
+              "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2, "llama.rope.dimension_count": 64, "llama.rope.freq_base": 10000.0,
+              "llama.block_count": 2, "llama.feed_forward_length": 512, "llama.embedding_length": 256, "llama.context_length": 128,
+              "tokenizer.ggml.model": "none"}
+    assert {key: said[key] for key in wanted} == wanted
+
+
+def test_biases_travel(tmp_path):
+    made = checkpoint(llama(attention_bias=True, mlp_bias=True), TARGETS["q8_0"])
+    for name, tensor in made.tensors.items():
+        if name.endswith("bias"):
+            made.tensors[name] = torch.randn_like(tensor)
+    back = read(write(made, tmp_path / "m.gguf", "q8_0"))
+    assert all(torch.equal(back[name], values(tensor)) for name, tensor in made.tensors.items())
+
+
+def test_quantized_embeddings_and_a_tied_head(tmp_path):
+    made = checkpoint(llama(tied=True), TARGETS["q8_0"])
+    made.tensors["model.embed_tokens.weight"] = TARGETS["q8_0"].quantize(made.tensors["model.embed_tokens.weight"])
+    made.tensors["lm_head.weight"] = made.tensors["model.embed_tokens.weight"]
+    back = read(write(made, tmp_path / "m.gguf", "q8_0"))
+    assert "lm_head.weight" not in back and torch.equal(back["model.embed_tokens.weight"], values(made.tensors["lm_head.weight"]))
+
+
+def without(made, name):
+    del made.tensors[name]
+
+
+def extra(made):
+    made.tensors["model.layers.0.self_attn.q_norm.weight"] = torch.ones(64)
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+BROKEN = {
+    "other architecture": (lambda made: made.config.update(model_type="gpt2"), "'gpt2'; it knows llama"),
+    "other activation": (lambda made: made.config.update(hidden_act="gelu"), "silu"),
+    "rotary scaling": (lambda made: made.config.update(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "yarn"),
+    "missing": (lambda made: without(made, Q), "missing blk.0.attn_q.weight"),
+    "missing head": (lambda made: without(made, "lm_head.weight"), "missing output.weight"),
+    "extra": (extra, "q_norm"),
+    "vocabulary": (lambda made: made.config.update(vocab_size=300), "310 rows"),
+    "config": (lambda made: made.config.pop("rms_norm_eps"), "rms_norm_eps"),
+    "NaN": (lambda made: made.tensors.update({"lm_head.weight": torch.full((310, 256), torch.nan)}), "NaN"),
+    "fp32 step": (lambda made: made.tensors.update({Q: Quant(Uniform(4), Group(32)).quantize(torch.randn(256, 256))}), "no fp16 numbers"),
+    "group": (lambda made: made.tensors.update({Q: Quant(Uniform(4), Group(16), AbsMax(dtype="float16")).quantize(torch.randn(256, 256))}), "multiple of 32"),
+    "offset": (lambda made: made.tensors.update({Q: Quant(Uniform(4), Group(32), MinMax(zero="offset", dtype="float16")).quantize(torch.randn(256, 256))}), "offset"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_refusal_leaves_nothing_behind(case, tmp_path):
+    spoil, says = BROKEN[case]
+    made = checkpoint(llama(), TARGETS["q4_0"])
+    spoil(made)
+    with pytest.raises(FormatError, match=says):
+        write(made, tmp_path / "m.gguf", "q4_0")
+    assert not list(tmp_path.iterdir())
+
+
+def test_dense_fp16_does_not_round(tmp_path):
+    with pytest.raises(FormatError, match="fp16 would round"):
+        write(checkpoint(llama(), None), tmp_path / "m.gguf", "f16")
+
+
+def test_a_file_in_the_way_stays(tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_text("mine")
+    with pytest.raises(FormatError, match="exists"):
+        write(checkpoint(llama(), None), path, "f32")
+    assert path.read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_truncated_file_is_said_so(tmp_path):
+    whole = write(checkpoint(llama(), TARGETS["q8_0"]), tmp_path / "m.gguf", "q8_0").read_bytes()
+    cut = tmp_path / "cut.gguf"
+    for length in [0, 3, 4, 8, 20, 24, *range(50, 3000, 173), len(whole) // 2, len(whole) - 1]:
+        cut.write_bytes(whole[:length])
+        with pytest.raises(FormatError, match=r"cut\.gguf"):
+            read(cut)
+
+
+def test_foreign_files(tmp_path):
+    with pytest.raises(FormatError, match="no GGUF file"):
+        read(tmp_path / "none.gguf")
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"PK\x03\x04" * 100)
+    with pytest.raises(FormatError, match="another kind"):
+        read(other)
+    writer = gguf.GGUFWriter(other, "mamba")
+    writer.add_tensor("token_embd.weight", torch.zeros(4, 32).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(FormatError, match="mamba"):
+        read(other)

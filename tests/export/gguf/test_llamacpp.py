@@ -1,0 +1,118 @@
+"""llama.cpp itself. It rounds the inputs of each product to 8 bits, so quantized weights are compared twice: with our plain logits, loosely, and with a model
+whose layers round their inputs as llama.cpp does, closely. What is left then are codes of inputs that sit on an edge."""
+
+import json
+
+import pytest
+import torch
+from conftest import MATRICES, TEXT, checkpoint, llama
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from qatlas.core.error import FormatError
+from qatlas.export.gguf import TARGETS, fit, llamacpp, vocab, write
+from qatlas.core.scheme import weight
+
+pytestmark = pytest.mark.skipif(not llamacpp.available(), reason='llama.cpp is not here: pip install "qatlas[llamacpp]"')
+
+ROUNDING = {"q8_0": 32, "q4_0": 32, "tq2_0": 256}
+PLAIN = {"f32": 1e-4, "q8_0": 0.1, "q4_0": 0.1, "tq2_0": 0.1}     # seen: 3e-6, 0.05, 0.05, 0.04
+CLOSE = {"q8_0": 0.04, "q4_0": 0.04, "tq2_0": 0.04}
+
+
+def rounds_inputs(size):
+    """Q8_0: fp16 step max|x| / 127 of 32 neighbours. Q8_K: fp32 step of 256."""
+    def hook(module, inputs):
+        x = inputs[0].unflatten(-1, (-1, size))
+        step = x.abs().amax(-1, keepdim=True) / 127
+        codes = (x / step.clamp(min=1e-30)).round()
+        return ((codes * (step.half().float() if size == 32 else step)).flatten(-2),)
+    return hook
+
+
+@torch.no_grad()
+def compare(model, path, prompts, k=10):
+    """-> the largest difference of the top k log-probabilities, how often the first agrees."""
+    worst, same = 0.0, 0
+    for ids, theirs in zip(prompts, llamacpp.many_logprobs(path, prompts, k), strict=True):
+        ours = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1].double(), -1)
+        worst = max(worst, max(abs(float(ours[i]) - p) for i, p in theirs.items()))
+        same += int(ours.argmax()) == next(iter(theirs))
+    return worst, same
+
+
+@pytest.mark.parametrize("target", ["f32", "q8_0", "q4_0", "tq2_0"])
+def test_log_probabilities(target, tmp_path, tokenizer_dir):
+    model = llama()
+    quant = {"f32": None, "q4_0": fit(weight(4), "q4_0", (256, 256))}.get(target, TARGETS[target])
+    path = write(checkpoint(model, quant, tokenizer_dir), tmp_path / "m.gguf", target)
+    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    prompts = [tokenizer.encode(text).ids for text in TEXT]
+    worst, same = compare(model, path, prompts)
+    print(f"{target}: {worst:.2g}, first agrees {same} of {len(prompts)}")
+    assert worst < PLAIN[target] and same >= len(prompts) - (target != "f32")
+    if target in ROUNDING:
+        for name, layer in model.named_modules():
+            if name.split(".")[-1] in MATRICES:
+                layer.register_forward_pre_hook(rounds_inputs(ROUNDING[target]))
+        worst, same = compare(model, path, prompts)
+        print(f"{target}, inputs rounded by us: {worst:.2g}, first agrees {same} of {len(prompts)}")
+        assert worst < CLOSE[target]
+
+
+def test_without_the_permutation_llama_cpp_computes_something_else(tmp_path, tokenizer_dir, monkeypatch):
+    monkeypatch.setattr("qatlas.export.gguf.llama.permute", lambda rows, heads: rows)
+    model = llama()
+    path = write(checkpoint(model, None, tokenizer_dir), tmp_path / "m.gguf", "f32")
+    assert compare(model, path, [list(range(40, 80))])[0] > 0.01
+
+
+def test_generates_what_our_model_would(tmp_path, tokenizer_dir):
+    model = llama(eos_token_id=None)
+    path = write(checkpoint(model, None, tokenizer_dir), tmp_path / "m.gguf", "f32")
+    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    ids = tokenizer.encode("the cat").ids
+    start = len(ids)
+    for _ in range(12):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1, :300].argmax()))
+    said, ours = llamacpp.generate(path, "the cat", 12), tokenizer.decode(ids[start:])
+    assert said.rstrip("\ufffd") and ours.startswith(said.rstrip("\ufffd")[:4])
+
+
+def byte_level(folder, parts, ignore_merges):
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(TEXT * 10, trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False,
+                                                                 initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return folder
+
+
+def smollm(folder):
+    return byte_level(folder, [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)], False)
+
+
+def llama3(folder):
+    split = pre_tokenizers.Split(Regex(vocab.LLAMA3), "isolated")
+    return byte_level(folder, [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)], True)
+
+
+@pytest.mark.parametrize("kind", ["gpt-2", "smollm", "llama-bpe", "sentencepiece"])
+def test_tokenizers_agree(kind, tmp_path, tokenizer_dir, sentences_dir):
+    folder = {"gpt-2": tokenizer_dir, "sentencepiece": sentences_dir}.get(kind) or {"smollm": smollm, "llama-bpe": llama3}[kind](tmp_path)
+    path = write(checkpoint(llama(vocab_size=320), None, folder), tmp_path / "m.gguf", "f32")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = [*TEXT, "1234567 numbers 89", "UPPER's  don't\n\n\n  spaces   end ", "日本語 🙂", " starts with a space"]
+    assert llamacpp.tokenize(path, texts) == [tokenizer.encode(text).ids for text in texts]
+    assert len(llamacpp.next_logprobs(path, TEXT[0], 5)) == 5
+
+
+def test_what_llama_cpp_will_not_take_is_an_error_here(tmp_path, tokenizer_dir):
+    path = write(checkpoint(llama(), None), tmp_path / "none.gguf", "f32")
+    with pytest.raises(FormatError, match="no vocabulary"):
+        llamacpp.generate(path, "a")
+    spoiled = write(checkpoint(llama(), None, tokenizer_dir), tmp_path / "m.gguf", "f32")
+    spoiled.write_bytes(spoiled.read_bytes().replace(b"blk.1.attn_q.weight", b"blk.1.attn_x.weight"))
+    with pytest.raises(FormatError, match=r"(?s)did not take.*attn_q"):
+        llamacpp.generate(spoiled, "a")

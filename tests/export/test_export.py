@@ -1,0 +1,15 @@
+import pytest
+
+from qatlas.core.error import FormatError
+from qatlas.export import formats, target
+
+
+def test_target_is_found_by_listing():
+    module, kind = target("gguf:tq2_0")
+    assert kind == "tq2_0" and module.__name__ == "qatlas.export.gguf" and "checkpoint" not in formats()
+
+
+@pytest.mark.parametrize("name, near", [("gguf:q4_1", "gguf:q4_0"), ("ggml:q4_0", "gguf"), ("gguf", "gguf:f32"), ("checkpoint:x", "gguf")])
+def test_unknown_target_names_the_nearest(name, near):
+    with pytest.raises(FormatError, match=near):
+        target(name)
