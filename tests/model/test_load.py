@@ -49,6 +49,18 @@ def test_a_new_head_may_be_missing_and_a_body_may_not(tiny, tmp_path):
     model.save_pretrained(tmp_path / "hole", state_dict=state)
     with pytest.raises(CheckpointError, match="lacks 2 tensors"):
         load(tmp_path / "hole", "classification")
+    tiny.models["bert"]().save_pretrained(tmp_path / "three")     # a head of three labels gives way to one of five when it is asked for
+    assert load(tmp_path / "three", "classification", num_labels=5)[0].classifier.out_features == 5
+    tiny.models["llama"](False).model.save_pretrained(tmp_path / "headless")
+    with pytest.raises(CheckpointError, match="lm_head.weight"):
+        load(tmp_path / "headless")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_not_passed_over(tiny, tmp_path):
+    tiny.models["llama"]().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"has tokenizer.json"):
+        load(tmp_path)
 
 
 def broken(path, how):
@@ -71,7 +83,7 @@ def broken(path, how):
 
 
 BROKEN = {"truncated": "truncated", "pickle": "only pickle files", "empty": "no safetensors weights", "config": "found: generation_config.json",
-          "json": "no JSON", "shape": "cannot be loaded", "type": "nonsense", "foreign": "gptq"}
+          "json": "no JSON", "shape": "another shape, first .* in the model", "type": "nonsense", "foreign": "gptq"}
 
 
 @pytest.mark.parametrize("how", BROKEN)
