@@ -1,7 +1,7 @@
 """The report: a record, or several, as one HTML file that needs no network, no script and no other file.
 
-Everything is there to be checked: scores by stage beside full precision, what was proved and with which reader, which tensor got which numbers, and the
-command that repeats the run. What a record lacks is left out; nothing is drawn or said that it does not hold.
+Everything is there to be checked: scores by stage beside full precision, what was proved and with which reader, which tensor got which numbers, and
+the command that repeats the run. What a record lacks is left out; nothing is drawn or said that it does not hold.
 
 Text that models or users wrote is untrusted: the template escapes everything, and a content security policy in the page forbids scripts, forms and
 requests, whatever slips in. The same records give the same bytes: nothing asks for the time or the machine.
@@ -30,8 +30,12 @@ if TYPE_CHECKING:
     from ..record import Record
 
 PROOF = ("what", "reader", "result", "tolerance", "reason", "passed")
-CAPTIONS = {"scores": "Scores by stage. The dashed line is full precision.", "training": "Training.",
-            "errors": "Error of each layer's weight, in depth order.", "sizes": "Size of each artefact."}
+CAPTIONS = {
+    "scores": ("Scores by stage.", "The dashed line is full precision."),
+    "training": ("Training.", "Thin: the loss of each step; thick: its moving average; dots: held-out data. Language models: nats a token."),
+    "errors": ("Error of the weights, layer by layer.", "How far each layer's quantized weight is from its full-precision master, in depth order."),
+    "sizes": ("Size.", "Bytes of each artefact, beside full precision."),
+}
 
 
 def report(record: Record | Sequence[Record], path: str | Path) -> Path:
@@ -114,7 +118,7 @@ def _summary(record: Record) -> list[str]:
                     .replace("same size than", "the same size as"))
     judged = [proof["passed"] for proof in record.proofs if isinstance(proof.get("passed"), bool)]
     if judged and all(judged):
-        said.append("The one proof passed." if len(judged) == 1 else f"All {len(judged)} proofs passed.")
+        said.append({1: "The one proof passed.", 2: "Both proofs passed."}.get(len(judged), f"All {len(judged)} proofs passed."))
     return said
 
 
@@ -128,7 +132,7 @@ def _others(record: Record) -> tuple[list[str], list[tuple[str, list[str]]]]:
 
 def _proof(proof: dict[str, Any]) -> dict[str, Any]:
     passed, more = proof.get("passed"), [f"{key}: {_say(value)}" for key, value in proof.items() if key not in PROOF]
-    row = {key: _say(proof.get(key)) for key in PROOF[:-1]}
+    row = {key: NOTHING if proof.get(key) is None else _say(proof[key]) for key in PROOF[:-1]}
     return row | {"passed": passed if isinstance(passed, bool) else None, "more": more}
 
 
@@ -156,7 +160,8 @@ def _facts(record: Record) -> list[tuple[str, list[tuple[str, str]]]]:
     training = [("fits", number(len(record.history)))] * (len(record.history) > 1)
     training += [("steps", number(steps)), ("tokens or items", f"{items:,.0f}"), ("time in steps", seconds(spent))] if steps else []
     training += [("items a second", number(items / spent))] if items and spent else []
-    origin = [("model", record.model), ("data", record.data), ("data fingerprint", record.fingerprint), ("target", record.target), ("seed", record.seed)]
+    origin = [("model", record.model), ("data", record.data), ("data fingerprint", record.fingerprint), ("target", record.target),
+              ("seed", record.seed)]
     ran = [*record.machine.items(), *([("peak memory", size(record.peak_memory))] if record.peak_memory else [])]
     groups = [("Model and data", origin), ("Arguments", list(record.arguments.items())), ("Training", training),
               ("Times", [(name, seconds(x)) for name, x in record.times.items()]), ("Machine", ran), ("Versions", list(record.versions.items()))]
