@@ -1,9 +1,9 @@
 """stories260K as an ordinary Hugging Face directory: the smallest Llama that tells a story, for trying things on a model that was really trained.
 
-The checkpoint (Karpathy's tinyllamas, 260,032 parameters, in transformers' layout) comes with its vocabulary as a list of pieces and scores, as llama2.c
-keeps it. `prepare` turns that into a tokenizer.json: BPE over characters with byte fallback, a space written as U+2581 and one put before the text. A
-piece may be joined from any two pieces; pieces of higher score first; two ways to the same piece in the order of their ids. That is what transformers' converters do
-with a sentencepiece vocabulary, and the order in which sentencepiece itself joins.
+The checkpoint (Karpathy's tinyllamas, 260,032 parameters, in transformers' layout) comes with its vocabulary as a list of pieces and scores, as
+llama2.c keeps it. `prepare` turns that into a tokenizer.json: BPE over characters with byte fallback, a space written as U+2581 and one put before
+the text. A piece may be joined from any two pieces; pieces of higher score first; two ways to the same piece in the order of their ids. That is
+what transformers' converters do with a sentencepiece vocabulary, and the order in which sentencepiece itself joins.
 
     python runs/stories260k.py                    # QATLAS_DATA/ckpt/stories260k -> out/stories260k, then perplexity on QATLAS_DATA/text
     python runs/stories260k.py SOURCE OUT

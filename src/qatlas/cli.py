@@ -81,7 +81,7 @@ def command(argv: list[str]) -> int:
 def _call(function: Callable[..., int], parser: Parser, argv: list[str]) -> int:
     given = parser.parse_args(argv)
     given.pop("config", None)
-    return function(**{key: value for key, value in vars(parser.instantiate_classes(given)).items()})
+    return function(**vars(given))
 
 
 def summary(function: Callable[..., Any]) -> str:

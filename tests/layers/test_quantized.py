@@ -203,3 +203,12 @@ def test_static_scales_start_from_absmax():
     quant = Quant(Uniform(8), PerChannel(), Learned(AbsMax()))
     layer = QLinear.of(nn.Linear(64, 16), Slots(quant))
     assert torch.equal(layer.weight_quantizer.scale, layer.weight.detach().abs().amax(1) / 127)
+
+
+def test_hooks_can_be_registered_on_a_made_layer():
+    layer, seen = QLinear.of(nn.Linear(64, 8), Slots(weight(4))), []
+    handle = layer.register_forward_hook(lambda m, x, y: seen.append(tuple(y.shape)))
+    layer(X)
+    handle.remove()
+    layer(X)
+    assert seen == [(3, 5, 8)]

@@ -102,6 +102,15 @@ def answer(model: nn.Module, name: str) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
+@pytest.fixture(autouse=True, scope="package")
+def one_thread():
+    """Models this small lose more to threads than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def tiny() -> SimpleNamespace:
     return SimpleNamespace(models=MODELS, batch=batch, quant=quant, quantized=quantized, made=made, answer=answer, group=Group, Slots=Slots)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qatlas.core.error import CheckpointError, QuantError
+from qatlas.core.grain import PerTensor
 from qatlas.core.qtensor import QTensor
 from qatlas.core.quantizer import Quant
 from qatlas.core.scale import AbsMax, Learned
@@ -92,18 +93,13 @@ def slots(kind, tiny):
     """Each with something of its own in the file."""
     w4, a8 = weight(4), Quant(weight(8).grid, scale=AbsMax())
     group = weight(4).but(grain=tiny.group(32))
-    static = a8.but(grain=type(weight(8, group="tensor").grain)() if False else _per_tensor(), scale=Learned(AbsMax()))
+    static = a8.but(grain=PerTensor(), scale=Learned(AbsMax()))
     return {"group": tiny.Slots(weight=group), "learned": tiny.Slots(weight=w4.but(scale=Learned(AbsMax()))),
             "hadamard": tiny.Slots(weight=w4, transform=Hadamard()), "smooth": tiny.Slots(weight=w4, transform=Smooth()),
             "inside": tiny.Slots(weight=w4, adapter=Lora(4)), "beside": tiny.Slots(weight=w4, adapter=Lora(4, place="beside")),
             "after": tiny.Slots(weight=w4, adapter=Lora(4, place="after")), "static": tiny.Slots(weight=w4, input=static),
             "input": tiny.Slots(input=static), "fp8": tiny.Slots(weight=w4.but(scale=AbsMax(dtype="float8_e8m0fnu"))),
-            "nested": tiny.Slots(weight=group.but(scale=AbsMax(nested=weight(8))))}[kind]
-
-
-def _per_tensor():
-    from qatlas.core.grain import PerTensor
-    return PerTensor()
+            "nested": tiny.Slots(weight=group.but(scale=AbsMax(nested=a8)))}[kind]
 
 
 @pytest.mark.parametrize("kind", ["group", "learned", "hadamard", "smooth", "inside", "beside", "after", "static", "input", "fp8", "nested"])

@@ -30,7 +30,8 @@ def write(path, rows=ROWS):
 def test_tables_of_each_form_are_the_same(tmp_path, suffix):
     found = data.table(write(tmp_path / f"rows{suffix}"), columns=["sentence", "label"])
     assert len(found.train["label"]) == 38 and len(found.held_out["label"]) == 2
-    assert sorted(zip(*[found.train[k] + found.held_out[k] for k in ("sentence", "label")], strict=True)) == sorted((r["sentence"], r["label"]) for r in ROWS)
+    rows = zip(*[found.train[k] + found.held_out[k] for k in ("sentence", "label")], strict=True)
+    assert sorted(rows) == sorted((r["sentence"], r["label"]) for r in ROWS)
     assert found.fingerprint == data.table(write(tmp_path / "again.jsonl")).fingerprint
 
 

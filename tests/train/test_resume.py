@@ -57,13 +57,20 @@ class Stop(Tactic):
             raise KeyboardInterrupt
 
 
-@pytest.fixture
-def broken(tmp_path):
-    """A run that broke off after four of six steps."""
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    out = tmp_path_factory.mktemp("once") / "out"
     with pytest.raises(KeyboardInterrupt):
-        go(tmp_path / "out", False, at=5)
-    assert [p.name for p in (tmp_path / "out" / "state" / "phase-01").iterdir()] == ["step-00000004"]
-    return tmp_path / "out"
+        go(out, False, at=5)
+    assert [p.name for p in (out / "state" / "phase-01").iterdir()] == ["step-00000004"]
+    return out
+
+
+@pytest.fixture
+def broken(once, tmp_path, monkeypatch):
+    """A run that broke off after four of six steps."""
+    monkeypatch.setattr(resume, "sync", lambda path: None)        # synced once above; here it would only cost time
+    return Path(shutil.copytree(once, tmp_path / "out"))
 
 
 def go(out, again, at=99, model=None, seed=0, steps=6, optimizer=None, tactics=(), data=None):

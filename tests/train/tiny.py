@@ -1,11 +1,9 @@
 """A tiny Llama, a tiny text, and layers with quantizers."""
 
-import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qatlas.core import grain, grid, quantizer, scale
 from qatlas.core.scheme import scheme
 from qatlas.layers.linear import QLinear
 from qatlas.layers.quantized import Slots
@@ -40,11 +38,3 @@ def quantized(model, text="w2", keep="each"):
 
 def task(batch=4, length=16, run=None, **more):
     return LanguageModelling(data.Text(WORDS * 20, WORDS * 4), letters, length=length, batch=batch, run=run or Run(progress=False), **more)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-__all__ = ["grain", "grid", "letters", "llama", "quantized", "quantizer", "scale", "task"]

@@ -1,7 +1,7 @@
 """Checkpoint: a trained model as data, which is all that an exporter is given.
 
-Exporters stand below the layers and know no module. What they need is the architecture's numbers (the Hugging Face config.json as a dict), the tensors
-under their Hugging Face names, each a plain tensor or a QTensor, and where the tokenizer's files lie.
+Exporters stand below the layers and know no module. What they need is the architecture's numbers (the Hugging Face config.json as a dict), the
+tensors under their Hugging Face names, each a plain tensor or a QTensor, and where the tokenizer's files lie.
 """
 
 from __future__ import annotations

@@ -89,6 +89,13 @@ class Packed(Layer):
         """The weight as data, (out, ...)."""
         return self.store.qtensor()
 
+    @property
+    def weight(self) -> Tensor:
+        """The values of the weight, (out, ...), in the type of the model: for models that look at `layer.weight.dtype` in their forward (ViT, GPT-2)."""
+        w = self.store.qtensor().dequantize().detach()
+        w = w if self.transform is None else self.transform.back(w)
+        return w.to(self.answer or w.dtype)
+
     def computed(self) -> Tensor:
         w = self.store.qtensor().dequantize()
         return w if self.adapter is None else self.adapter.after(w)

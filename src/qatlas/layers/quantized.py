@@ -102,7 +102,7 @@ class Quantized(Layer):
             QuantError: a weight with NaN, a group that does not divide, a transform that has nothing to act on.
         """
         layer = cls.__new__(cls)
-        layer.__dict__ = {name: dict(value) if isinstance(value, dict) else value for name, value in module.__dict__.items()}
+        layer.__dict__ = {name: value.copy() if isinstance(value, dict) else value for name, value in module.__dict__.items()}
         layer._set(slots, peak)
         return layer
 

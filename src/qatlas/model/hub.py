@@ -61,6 +61,9 @@ class Loader(HfQuantizer):
     quantization_config: Config
 
     def __init__(self, quantization_config: Config, **kwargs: Any) -> None:
+        if not kwargs.get("pre_quantized", True):
+            raise CheckpointError("a quantization_config of qatlas describes a packed model; to quantize one, load it in full precision and call "
+                                  "qatlas.quantize(model, rules)")
         super().__init__(quantization_config, **kwargs)
         self.tied: list[tuple[nn.Module, nn.Module]] = []
 

@@ -98,19 +98,24 @@ def _from(where: str, task: str, config: dict[str, Any], told: str) -> tuple[nn.
             if method != artefact.METHOD:
                 raise CheckpointError(f"{told} is already quantized ({method}); training starts from a model in full precision")
         model, report = getattr(transformers, TASKS[task]).from_pretrained(where, dtype=torch.float32, use_safetensors=True,
-                                                                           output_loading_info=True, **config)
+                                                                           output_loading_info=True, ignore_mismatched_sizes=True, **config)
     except CheckpointError:
         raise
     except Exception as error:                                    # transformers raises OSError, ValueError, RuntimeError or KeyError for one fault
         raise CheckpointError(_told(error, told)) from error
-    _complete(model, report, told)
+    _complete(model, report, told, None if task == "lm" else getattr(model, "base_model_prefix", None), "num_labels" in config)
     return model.eval(), _tokenizer(where, task)
 
 
-def _complete(model: nn.Module, report: dict[str, Any], told: str) -> None:
-    """A missing tensor would be random: only a new head may be."""
-    body = getattr(model, "base_model_prefix", "")
-    missing = sorted(key for key in report.get("missing_keys", ()) if key.startswith(f"{body}."))
+def _complete(model: nn.Module, report: dict[str, Any], told: str, body: str | None, new_head: bool) -> None:
+    """A tensor that the files lack would be random: only the head outside of `body` may be, and have another shape where the user wants other labels."""
+    missing = sorted(key for key in report.get("missing_keys", ()) if body is None or key.startswith(f"{body}."))
+    wrong = sorted((key, tuple(there), tuple(here)) for key, there, here in report.get("mismatched_keys", ())
+                   if body is None or not new_head or key.startswith(f"{body}."))
+    if wrong:
+        key, there, here = wrong[0]
+        raise CheckpointError(f"{told} does not fit its config.json: {len(wrong)} tensors have another shape, first {key}: {there} in the file, {here} "
+                              "in the model. The two must come from the same save")
     if missing:
         raise CheckpointError(f"{told} lacks {len(missing)} tensors of {type(model).__name__} ({', '.join(missing[:3])}, ...); they would be random. "
                               "The files belong to another model, or some are missing")
@@ -132,5 +137,8 @@ def _tokenizer(where: str, task: str) -> Any:
     auto = transformers.AutoImageProcessor if task == "image" else transformers.AutoTokenizer
     try:
         return auto.from_pretrained(where)
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError):
+    except Exception as error:                                    # what a missing tokenizer raises differs from model to model
+        there = [name for name in pack.TOKENIZER if (Path(where) / name).is_file()]
+        if there:
+            raise CheckpointError(f"{where} has {', '.join(there)}, which transformers cannot read: {str(error)[:200]}; copy or save it again") from error
         return None

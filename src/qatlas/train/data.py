@@ -34,7 +34,7 @@ class Text:
     """A text in two parts.
 
     >>> Text("abc", "d").fingerprint[:8]
-    'e7cbb07f'
+    '70ed4037'
     """
 
     train: str

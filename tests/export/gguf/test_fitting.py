@@ -15,8 +15,10 @@ from qatlas.export.gguf.file import integers
 from qatlas.export.gguf.layout import LAYOUTS
 
 SHAPE = (16, 512)
-GRIDS = [Uniform(2), Uniform(3), Uniform(4), Uniform(4, narrow=True), Uniform(3, False), Uniform(8), Ternary(), Ternary(0.7), Sign(), HalfStep(2), HalfStep(3),
-         Stretched(4), Float(2, 1)]
+GRIDS = [Uniform(2), Uniform(3), Uniform(4), Uniform(4, narrow=True), Uniform(3, False), Uniform(8), Ternary(), Ternary(0.7), Sign(), HalfStep(2),
+         HalfStep(3), Stretched(4), Float(2, 1)]
+IMAGES = {"q4_0": [Ternary(), Uniform(2), Uniform(3), Uniform(4), Sign(), HalfStep(3)], "q8_0": [Ternary(), *map(Uniform, range(1, 9)), Float(2, 1)],
+          "tq2_0": [Ternary(), Sign()]}
 GRAINS = [PerTensor(), PerChannel(), Group(32), Group(64), Group(256), Block(4, 64)]
 
 
@@ -38,8 +40,7 @@ def test_what_is_let_through_is_exact(target, grid, grain):
     assert torch.equal(d.repeat_interleave(layout.size, -1) * q, tensor.dequantize())
 
 
-@pytest.mark.parametrize("target, grid", [*(("q4_0", grid) for grid in (Ternary(), Uniform(2), Uniform(3), Uniform(4), Sign(), HalfStep(3))),
-                                          *(("q8_0", grid) for grid in (Ternary(), *map(Uniform, range(1, 9)), Float(2, 1))), ("tq2_0", Ternary()), ("tq2_0", Sign())])
+@pytest.mark.parametrize("target, grid", [(target, grid) for target, grids in IMAGES.items() for grid in grids])
 def test_grids_with_an_exact_image(target, grid):
     assert fit(Quant(grid), target, SHAPE).scale.dtype == "float16"
 

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from conftest import checkpoint, llama, sentencepiece_like
+from tiny_llama import checkpoint, llama, sentencepiece_like
 
 from qatlas.core.error import FormatError
 from qatlas.export.gguf import vocab
@@ -33,7 +33,8 @@ def test_byte_level(tokenizer_dir, tmp_path):
 def test_sentencepiece_like(sentences_dir, tmp_path):
     keys = spoiled(sentences_dir, tmp_path, nothing)
     tokens, kinds, scores = (keys[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type", "scores"))
-    assert keys["tokenizer.ggml.model"] == "llama" and keys["tokenizer.ggml.add_bos_token"] is True and keys["tokenizer.ggml.add_space_prefix"] is True
+    assert keys["tokenizer.ggml.model"] == "llama"
+    assert keys["tokenizer.ggml.add_bos_token"] is True and keys["tokenizer.ggml.add_space_prefix"] is True
     assert kinds[:4] == [vocab.UNKNOWN, vocab.CONTROL, vocab.CONTROL, vocab.BYTE] and kinds.count(vocab.BYTE) == 256
     assert scores[tokens.index("th")] == 0.0 > scores[tokens.index("▁th")] > scores[tokens.index("▁the")]
     assert (keys["tokenizer.ggml.bos_token_id"], keys["tokenizer.ggml.eos_token_id"], keys["tokenizer.ggml.unknown_token_id"]) == (1, 2, 0)

@@ -6,6 +6,7 @@
     vocab.py               the tokenizer in the header
     file.py                write, read
     llamacpp.py            ask llama.cpp itself
+    readers.py             what others read in a file
 
 The weights that a reader gives back are `QTensor.dequantize()`, bit for bit. What llama.cpp then computes with them is close but not equal: it also
 quantizes the activations, to 8 bits in groups of 32 (Q4_0, Q8_0) or 256 (TQ2_0); GGUF cannot say otherwise. docs/ and the tests state how close.
@@ -13,5 +14,8 @@ quantizes the activations, to 8 bits in groups of 32 (Q4_0, Q8_0) or 256 (TQ2_0)
 
 from .file import plan, read, write
 from .fitting import TARGETS, fit, why_not
+from .readers import engine, logits
 
-__all__ = ["TARGETS", "fit", "plan", "read", "why_not", "write"]
+SUFFIX = "gguf"
+
+__all__ = ["SUFFIX", "TARGETS", "engine", "fit", "logits", "plan", "read", "why_not", "write"]

@@ -6,8 +6,8 @@ What each tensor becomes, `plan` tells before anything is written:
     1-D (norms, biases)      F32
     other plain tensors      F16 where fp16 holds every value, else F32 (embeddings, heads, layers that a rule kept in full precision)
 
-A tied head is left out: readers take the embeddings. Nothing is rounded on the way: a tensor that the target cannot hold is refused before the file is
-begun, and the file appears under its name only when it is whole (written aside, synced, renamed); one that exists is not overwritten.
+A tied head is left out: readers take the embeddings. Nothing is rounded on the way: a tensor that the target cannot hold is refused before the
+file is begun, and the file appears under its name only when it is whole (written aside, synced, renamed); one that exists is not overwritten.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...core.error import FormatError
+from ...core.error import FormatError, unknown
 from ...core.qtensor import QTensor
 from ..checkpoint import Checkpoint
 from . import llama
@@ -37,6 +37,8 @@ def plan(checkpoint: Checkpoint, target: str) -> dict[str, str]:
     Raises:
         FormatError: a tensor that is missing, that the architecture does not have, or that the target cannot hold.
     """
+    if target not in FILE_TYPES:
+        raise FormatError(unknown("target", f"gguf:{target}", [f"gguf:{known}" for known in FILE_TYPES]))
     llama.numbers(checkpoint.config)
     names = _names(checkpoint)
     missing, extra = llama.expected(checkpoint.config, set(names))
@@ -77,13 +79,19 @@ def write(checkpoint: Checkpoint, path: str | Path, target: str) -> Path:
         for name, kind in kinds.items():
             rows, raw = _bytes(name, checkpoint.tensors[names[name]], kind, checkpoint.config)
             writer.add_tensor(name, rows, raw_dtype=raw)
+        factors = llama.rotary_factors(checkpoint.config)
+        if factors is not None:
+            writer.add_tensor(llama.FREQUENCIES, factors.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
-        os.link(aside, path)                                      # unlike a rename, fails when someone else has made it meanwhile
+        try:
+            os.link(aside, path)                                  # unlike a rename, fails when someone else has made it meanwhile
+        except PermissionError:                                   # a file system without links
+            os.rename(aside, path)
     except FileExistsError:
         raise FormatError(f"{path} exists; remove it or choose another name") from None
     finally:
@@ -100,11 +108,14 @@ def read(path: str | Path) -> dict[str, Tensor]:
     import gguf
 
     reader = open_file(path)
-    architecture, heads, kv_heads = (field(reader, key) for key in ("general.architecture", "llama.attention.head_count", "llama.attention.head_count_kv"))
+    architecture = field(reader, "general.architecture")
     if architecture not in llama.ARCHITECTURES:
         raise FormatError(f"{path} holds the architecture {architecture!r}; the GGUF reader knows {', '.join(llama.ARCHITECTURES)}")
+    heads, kv_heads = (field(reader, f"llama.attention.{key}") for key in ("head_count", "head_count_kv"))
     out = {}
     for tensor in reader.tensors:
+        if tensor.name == llama.FREQUENCIES:                      # follows from the config
+            continue
         name = llama.to_hf(tensor.name)
         if name is None:
             raise FormatError(f"{path} holds a tensor {tensor.name!r} that Llama does not have")

@@ -2,18 +2,21 @@
 
 A block stands for d * q: one fp16 step d for 32 (or 256) neighbours along the input axis, q an integer of the layout. Three questions decide:
 
-1. The grid. Its values v need not be integers: with a power of two k such that all k v are integers of the layout, s v = (s / k) (k v), and both sides
-   are the same fp32 number, since a fp16 step times an integer of 8 bits is exact. So the grids -1.5 -0.5 0.5 1.5 and E2M1 go into Q4_0 and Q8_0 too.
-2. The grain. A coarser one only repeats its step block after block, which costs nothing more than the format takes anyway: one scale a tensor, a channel
+1. The grid. Its values v need not be integers: with a power of two k such that all k v are integers of the layout, s v = (s / k) (k v), and both
+sides
+   are the same fp32 number, since a fp16 step times an integer of 8 bits is exact. So the grids -1.5 -0.5 0.5 1.5 and E2M1 go into Q4_0 and Q8_0
+too. 2. The grain. A coarser one only repeats its step block after block, which costs nothing more than the format takes anyway: one scale a
+tensor, a channel
    or 64 inputs all fit blocks of 32. A finer one, or one that straddles a block's edge, does not.
 3. The step. Its value must be one that fp16 holds, and s / k too; a step that would have to be rounded here was not the one that was trained with.
 
-A zero point has no place in a symmetric block and is refused, as is an offset. Nothing is rounded, and nothing is quantized again. `f32` takes all that
-a QTensor can say, as plain values; `f16` the grids whose values are 0 and powers of two.
+A zero point has no place in a symmetric block and is refused, as is an offset. Nothing is rounded, and nothing is quantized again. `f32` takes all
+that a QTensor can say, as plain values; `f16` the grids whose values are 0 and powers of two.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -92,8 +95,11 @@ def times(grid: Grid, layout: Layout) -> int | None:
     (1, None)
     """
     values = grid.values()
-    good = (k for k in TIMES if bool(((values * k).round() == values * k).all()) and values.min() * k >= layout.low and values.max() * k <= layout.high)
-    return next(good, None)
+    for k in TIMES:
+        v = values * k
+        if bool((v.round() == v).all()) and v.min() >= layout.low and v.max() <= layout.high:
+            return k
+    return None
 
 
 def block_steps(grain: Grain, steps: Tensor, shape: tuple[int, ...], size: int) -> Tensor | None:
@@ -141,7 +147,8 @@ def _zero(tensor: Any) -> str | None:
 
 def _grain(tensor: Any, shape: tuple[int, ...], layout: Layout) -> str | None:
     try:
-        steps = tensor.steps if isinstance(tensor, QTensor) else torch.arange(torch.Size(tensor.grain.scale_shape(shape)).numel()).reshape(tensor.grain.scale_shape(shape))
+        groups = tensor.grain.scale_shape(shape)                  # a Quant has no steps yet: number its groups instead
+        steps = tensor.steps if isinstance(tensor, QTensor) else torch.arange(math.prod(groups)).reshape(groups)
         if block_steps(tensor.grain, steps, shape, layout.size) is not None:
             return None
     except QuantError as error:

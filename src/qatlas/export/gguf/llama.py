@@ -8,14 +8,17 @@ needs its q and k rows in another order: a head's D rows are two halves of D/2, 
 Rows move whole, with their codes and their steps; v, o and all others stay. Forgetting this leaves a model that loads, runs and talks nonsense.
 
 Source: convert_hf_to_gguf.py of llama.cpp (LlamaModel.permute, and the keys it writes).
-Rotary scaling: "default" and "linear" are expressed; others are refused by name.
+Rotary scaling: "default", "linear" and "llama3" are expressed, the last as a tensor rope_freqs.weight (D/2,) by which llama.cpp divides each pair's
+frequency; others are refused by name. transformers' GGUF reader overlooks rope_freqs and so reads a llama3 file as one without scaling.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...core.error import FormatError
@@ -27,6 +30,7 @@ PARTS = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
 }
 ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+FREQUENCIES = "rope_freqs.weight"
 SKIPPED = ("rotary_emb.inv_freq",)                                # a buffer that old checkpoints carry; it follows from the config
 
 
@@ -120,9 +124,22 @@ def rotary(config: dict[str, Any]) -> dict[str, int | float | str]:
     out: dict[str, int | float | str] = {"llama.rope.freq_base": float(given.get("rope_theta", 10000.0))}
     if kind == "linear":
         out |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": float(given["factor"])}
-    elif kind != "default":
-        raise FormatError(f"the GGUF writer cannot express rotary scaling {kind!r}; it knows default, linear")
+    elif kind not in ("default", "llama3"):
+        raise FormatError(f"the GGUF writer cannot express rotary scaling {kind!r}; it knows default, linear, llama3")
     return out
+
+
+def rotary_factors(config: dict[str, Any]) -> Tensor | None:
+    """What llama3's scaling divides the frequency of each pair by, (D/2,): 1 for short waves, `factor` for long ones, between the two smoothly.
+    None for other scalings. Source: transformers, modeling_rope_utils; convert_hf_to_gguf.py."""
+    given = config.get("rope_parameters") or {**(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta", 10000.0)}
+    if given.get("rope_type", given.get("type")) != "llama3":
+        return None
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    frequency = 1.0 / given["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
+    low, high, turns = given["low_freq_factor"], given["high_freq_factor"], given["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)           # 0 for long waves, 1 for short
+    return (1 / ((1 - smooth) / given["factor"] + smooth)).float()
 
 
 def expected(config: dict[str, Any], names: set[str]) -> tuple[set[str], set[str]]:

@@ -1,18 +1,20 @@
 """Ask llama.cpp itself: the last word on whether a file means what we think.
 
-llama.cpp comes as the prebuilt wheel xllamacpp (extra "llamacpp"): its server, in a process of its own, on one thread unless told otherwise. A process
-of its own, because a file that llama.cpp dislikes can end the process that asked, because its logs then go nowhere, and because its end is clean.
+llama.cpp comes as the prebuilt wheel xllamacpp (extra "llamacpp"): its server, in a process of its own, on one thread unless told otherwise. A
+process of its own, because a file that llama.cpp dislikes can end the process that asked, because its logs then go nowhere, and because its end is
+clean.
 
-What to expect: keys and values are kept in fp32 here and attention is the plain one, so a file of F32 weights gives our log-probabilities to 1e-5. With
-quantized weights llama.cpp also quantizes the *inputs* of every matrix product to 8 bits, as the weight's type demands, and a file cannot ask it not to:
+What to expect: keys and values are kept in fp32 here and attention is the plain one, so a file of F32 weights gives our log-probabilities to 1e-5.
+With quantized weights llama.cpp also quantizes the *inputs* of every matrix product to 8 bits, as the weight's type demands, and a file cannot ask
+it not to:
 
     weight        inputs                                   top-10 log-probabilities of a small random model
-    F32           fp32                                     to 1e-5
-    F16           fp16                                     1e-3
-    Q8_0, Q4_0    8 bits, groups of 32, fp16 step          0.05; with the same rounding of inputs done by us, to 1e-3
-    TQ2_0         8 bits, groups of 256, fp32 step         0.05; with the same rounding of inputs done by us, to 1e-3
+    F32           fp32                                     3e-6
+    Q8_0, Q4_0    8 bits, groups of 32, fp16 step          0.05; with the same rounding of inputs done by us, to 1e-6
+    TQ2_0         8 bits, groups of 256, fp32 step         the same
 
-A trained model has a wider spread of logits and smaller relative errors. A model that shall be at its best there trains with `a8` in groups of 32.
+The last holds until an input sits on the edge of two codes; then some 0.01. A model that shall be at its best there trains with 8-bit inputs in
+groups of 32.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ def next_logprobs(path: str | Path, prompt: str | Sequence[int], k: int = 10) ->
 
 def many_logprobs(path: str | Path, prompts: Sequence[str | Sequence[int]], k: int = 10) -> list[dict[int, float]]:
     """`next_logprobs` of several prompts with one start of the engine."""
-    # The server leaves out a token whose text is half a character, and its probabilities with it. What it reports comes from the logits before any bias,
-    # so a bias makes it say a letter and changes nothing else.
+    # The server leaves out a token whose text is half a character, and its probabilities with it. What it reports comes from the logits before
+    # any bias, so a bias makes it say a letter and changes nothing else.
     ask = {"max_tokens": 1, "temperature": 0.0, "logprobs": k, "cache_prompt": False, "logit_bias": [[_letter(path), 1e6]]}
     answers = _ask(path, [{"complete": {**ask, "prompt": prompt if isinstance(prompt, str) else list(prompt)}} for prompt in prompts])
     tops = [answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"] for answer in answers]

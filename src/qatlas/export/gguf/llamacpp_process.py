@@ -1,5 +1,5 @@
-"""The other side of llamacpp.py: a JSON request on stdin, a JSON list of answers on stdout, llama.cpp's logs on stderr. Run as a file, so that it imports
-nothing of ours and starts in a tenth of a second. The server's port is open to this machine only, and only to who knows a random key.
+"""The other side of llamacpp.py: a JSON request on stdin, a JSON list of answers on stdout, llama.cpp's logs on stderr. Run as a file, so that it
+imports nothing of ours and starts in a tenth of a second. The server's port is open to this machine only, and only to who knows a random key.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def _answer(server: Any, key: str, job: dict[str, Any]) -> Any:
         answer = server.handle_completions(job["complete"])
         return json.loads(answer) if isinstance(answer, str | bytes) else answer
     body = json.dumps(job["tokenize"]).encode()
-    call = urllib.request.Request(f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json", "Authorization": f"Bearer {key}"})
+    head = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    call = urllib.request.Request(f"{server.listening_address}/tokenize", body, head)
     with urllib.request.urlopen(call, timeout=60) as reply:
         return json.load(reply)
 

@@ -6,12 +6,12 @@
       (sentencepiece: Llama 1 and 2)
     none                                         none                    llama.cpp loads the weights and can do nothing with text
 
-llama.cpp knows each word-cutting expression by a name, so only those of the table PRE are expressible; another is refused, since a model whose words are
-cut elsewhere than in training is a worse model that nobody notices.
+llama.cpp knows each word-cutting expression by a name, so only those of the table PRE are expressible; another is refused, since a model whose
+words are cut elsewhere than in training is a worse model that nobody notices.
 
-The "llama" tokenizer has no list of merges: it joins the neighbours whose joined piece has the highest score, if it is a piece at all. That is the same
-as BPE with merges in ranks when every way to cut a piece into two pieces is a merge, and all merges of one piece stand together; then the score is minus
-the rank. Vocabularies that come from sentencepiece are so; those that are not are refused.
+The "llama" tokenizer has no list of merges: it joins the neighbours whose joined piece has the highest score, if it is a piece at all. That is the
+same as BPE with merges in ranks when every way to cut a piece into two pieces is a merge, and all merges of one piece stand together; then the
+score is minus the rank. Vocabularies that come from sentencepiece are so; those that are not are refused.
 
 Source: llama-vocab.cpp and convert_hf_to_gguf.py of llama.cpp.
 """
@@ -27,7 +27,7 @@ from ..checkpoint import Checkpoint
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-PRE = {                                                            # what stands before the bytes -> llama.cpp's name, and whether whole words skip the merges
+PRE = {                                                            # what cuts the text -> llama.cpp's name, and whether whole words skip the merges
     (("ByteLevel", True),): ("gpt-2", False),
     (("Digits", True), ("ByteLevel", True)): ("smollm", False),
     (("Split", LLAMA3), ("ByteLevel", False)): ("llama-bpe", True),
@@ -92,15 +92,16 @@ def _bytes(data: dict[str, Any], file: Path, names: list[str], kinds: list[int],
 
 def _cut(part: dict[str, Any]) -> Any:
     """What distinguishes a pre-tokenizer of one type from another."""
-    return {"ByteLevel": part.get("use_regex", True), "Digits": part.get("individual_digits"), "Split": (part.get("pattern") or {}).get("Regex")}.get(part["type"])
+    pattern = (part.get("pattern") or {}).get("Regex")
+    return {"ByteLevel": part.get("use_regex", True), "Digits": part.get("individual_digits"), "Split": pattern}.get(part["type"])
 
 
 def _characters(data: dict[str, Any], file: Path, names: list[str], kinds: list[int], merges: list[tuple[str, ...]]) -> dict[str, Any]:
     """The "llama" model."""
     space = _space_prefix(data)
     if space is None:
-        raise FormatError(f"{file}: llama.cpp's sentencepiece tokenizer writes a space as U+2581, with or without one before the text, and does nothing "
-                          "else to it; this normalizer and pre-tokenizer do something else")
+        raise FormatError(f"{file}: llama.cpp's sentencepiece tokenizer writes a space as U+2581, with or without one before the text, and does "
+                          "nothing else to it; this normalizer and pre-tokenizer do something else")
     best: dict[str, int] = {}
     last: str | None = None
     for rank, pair in enumerate(merges):
@@ -133,7 +134,7 @@ def _space_prefix(data: dict[str, Any]) -> bool | None:
     if pre is None and len(replace) == 1 and len(replace) + len(prepend) == len(steps) and steps[-1] is replace[0]:
         return bool(prepend)
     if not steps and pre is not None and pre["type"] == "Metaspace" and pre.get("replacement") == "▁" and not pre.get("split", True):
-        return {"first": True, "never": False}.get(pre.get("prepend_scheme"))
+        return {"first": True, "always": True, "never": False}.get(pre.get("prepend_scheme"))
     return None
 
 

@@ -1,0 +1,28 @@
+# Two commands: `make demo` and `make test`. Each sets up its own environment in .venv first; PYTHON names the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/ready
+	$(BIN)/qatlas demo --out demo
+
+test: $(VENV)/ready
+	$(BIN)/ruff check src tests runs
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check src tests runs
+	$(BIN)/mypy
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'qatlas needs Python 3.11 or newer; name one: make PYTHON=python3.12 demo'"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info src/*.egg-info
