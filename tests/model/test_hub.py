@@ -1,5 +1,6 @@
 """Loading through transformers' own Auto classes, in any type, with the scales as they were."""
 
+import os
 import subprocess
 import sys
 
@@ -95,4 +96,5 @@ def test_a_config_is_no_way_to_quantize(tiny, tmp_path):
 def test_importing_qatlas_registers_and_imports_no_model():
     code = ("import qatlas, sys; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; assert 'qatlas' in m; "
             "assert 'transformers.modeling_utils' not in sys.modules")
-    subprocess.run([sys.executable, "-c", code], check=True)
+    source = os.pathsep.join(path for path in sys.path if path)
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": source})
