@@ -14,8 +14,9 @@ import pytest
 import qatlas
 
 ROOT = Path(qatlas.__file__).parent
+# job, one paper's run from load to report, is a landing between two floors
 FLOORS = {"core": 1, "kernels": 2, "export": 2, "layers": 3, "model": 4, "train": 5, "record": 6, "search": 6, "papers": 7, "report": 7,
-          "job": 7.5, "compare": 8, "demo": 8, "cli": 9, "__main__": 9.5}        # job: one paper run from load to report; a landing between two floors
+          "job": 7.5, "compare": 8, "demo": 8, "cli": 9, "__main__": 9.5}
 FILES = sorted(ROOT.rglob("*.py"))
 named = [str(path.relative_to(ROOT)) for path in FILES]
 
@@ -86,12 +87,20 @@ def test_imports_go_downward(path: Path) -> None:
         if other is None or room(other) == mine:
             continue
         assert room(other), f"{path.name}:{imported.line} imports qatlas itself: the front page is above all floors"
-        assert FLOORS[room(other)] < FLOORS[mine], f"{path.name}:{imported.line} on floor {FLOORS[mine]} imports {other} on floor {FLOORS[room(other)]}"
+        above, below = FLOORS[mine], FLOORS[room(other)]
+        assert below < above, f"{path.name}:{imported.line} on floor {above} imports {other} on floor {below}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_what_is_imported_exists(path: Path) -> None:
+    missing = [f"line {i.line}: {i.module}" for i in imports(path) if (name := target(i)) and name not in modules()]
+    assert not missing
 
 
 def test_nothing_runs_in_circles() -> None:
     """At import: neither lazily nor for types. A circle that a function hides is a circle still, so lazy ones of our own count."""
-    edges = {name: sorted({t for i in imports(path) if not i.typing and (t := target(i)) in modules() and t != name}) for name, path in modules().items()}
+    edges = {name: sorted({t for i in imports(path) if not i.typing and (t := target(i)) in modules() and t != name})
+             for name, path in modules().items()}
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
@@ -115,7 +124,7 @@ def test_core_needs_torch_alone(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=named)
 def test_nothing_is_unpickled(path: Path) -> None:
     for imported in imports(path):
-        assert imported.module.split(".")[0] not in {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}, f"line {imported.line}"
+        assert imported.module.split(".")[0] not in {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}, imported
         assert (imported.module, imported.name) not in {("torch", "load"), ("numpy", "load")}, f"line {imported.line}: call it by its full name"
     for node in ast.walk(ast.parse(path.read_text())):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)):
@@ -126,7 +135,8 @@ def test_nothing_is_unpickled(path: Path) -> None:
             assert isinstance(only, ast.Constant) and only.value is True, f"line {node.lineno}: torch.load without weights_only=True"
         if called in {("numpy", "load"), ("np", "load")}:
             pickled = words.get("allow_pickle")
-            assert pickled is None or (isinstance(pickled, ast.Constant) and pickled.value is False), f"line {node.lineno}: numpy.load with allow_pickle"
+            never = pickled is None or (isinstance(pickled, ast.Constant) and pickled.value is False)
+            assert never, f"line {node.lineno}: numpy.load with allow_pickle"
         assert called[0] not in {"eval", "exec"}, f"line {node.lineno}"
 
 

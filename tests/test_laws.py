@@ -50,12 +50,13 @@ def fits(quant: Quant) -> bool:
     return not (quant.scale.keeps != "nothing" and isinstance(quant.grain, PerToken))
 
 
-# ---- law 1: what is computed with, what is stored ----------------------------------------------------------------------------------------------------
+# ---- law 1: what is computed with, what is stored --------------------------------------------------------------------------------------------------
 
 PAIRS = [Quant(grid, grain, AbsMax()) for grid in GRIDS for grain in GRAINS] \
     + [Quant(grid, PerChannel(), scale, refit=refit) for grid in (Uniform(4), Uniform(3, False), HalfStep(2), Ternary(), Sign()) for scale in SCALES
        for refit in (False, True)] \
-    + [Quant(Uniform(4, False), grain, start) for grain in GRAINS for start in (MinMax(), MinMax("offset"), Learned(MinMax()), Learned(MinMax("offset")))]
+    + [Quant(Uniform(4, False), grain, start) for grain in GRAINS
+       for start in (MinMax(), MinMax("offset"), Learned(MinMax()), Learned(MinMax("offset")))]
 
 
 @pytest.mark.parametrize("quant", [q for q in PAIRS if fits(q)], ids=str)
@@ -79,7 +80,7 @@ def test_law_1_in_training_and_with_a_shift(quant: Quant) -> None:
     assert torch.equal(quantizer(x.requires_grad_()), quantizer.quantize(x).dequantize())
 
 
-# ---- law 2: grids ------------------------------------------------------------------------------------------------------------------------------------
+# ---- law 2: grids ----------------------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @settings(max_examples=20, deadline=None)
@@ -112,7 +113,7 @@ def test_law_2_a_grain_loses_nothing(grain: Grain, shape: tuple[int, ...]) -> No
     assert torch.equal(grain.back(view, x.shape), x) and grain.scale_shape(shape) == tuple(view.shape[:-1])
 
 
-# ---- law 3: transforms -------------------------------------------------------------------------------------------------------------------------------
+# ---- law 3: transforms -----------------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 @pytest.mark.parametrize("n", [16, 12, 24])
@@ -123,7 +124,7 @@ def test_law_3_inner_products_stay(transform: Transform, n: int) -> None:
     torch.testing.assert_close(maps.back(maps.of_weight(w)), w, rtol=1e-9, atol=1e-9)
 
 
-# ---- law 10: gradients -------------------------------------------------------------------------------------------------------------------------------
+# ---- law 10: gradients -----------------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -137,7 +138,8 @@ def test_law_10_x_hears_the_estimator_and_nothing_else(grid: Grid, estimator: Es
     assert torch.equal(estimator(0 * g, u, grid.snap(u), grid), 0 * g)                   # linear where it must be: no gradient in, none out
 
 
-LEARNED = [Learned(factor=f, margin=m, gradient=r, over=o) for f in ("lsq", 0.5) for m in (0.0, 0.5) for r in ("clipped", "value") for o in ("scale", "tensor")]
+LEARNED = [Learned(factor=factor, margin=margin, gradient=rule, over=over)
+           for factor in ("lsq", 0.5) for margin in (0.0, 0.5) for rule in ("clipped", "value") for over in ("scale", "tensor")]
 
 
 @pytest.mark.parametrize("scale", LEARNED, ids=str)
@@ -185,7 +187,7 @@ def test_errors_name_what_to_write() -> None:
             assert "(3, 7)" in str(error)
 
 
-# ---- laws 4 to 9, 11, 12: with the floors that they speak of -------------------------------------------------------------------------------------------
+# ---- laws 4 to 9, 11, 12: with the floors that they speak of ---------------------------------------------------------------------------------------
 
 def test_the_lists_hold_what_they_should() -> None:
     """Listing finds the parts; an empty list would pass every law."""

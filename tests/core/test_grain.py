@@ -36,8 +36,9 @@ def test_each_grain_shares_what_it_says() -> None:
 
 
 @pytest.mark.parametrize(("grain", "shape", "scales"), [
-    (PerTensor(), (4, 6), (1,)), (PerChannel(), (4, 6), (4,)), (PerChannel(-1), (2, 3, 6), (6,)), (PerToken(), (2, 3, 6), (2, 3)), (Group(3), (4, 6), (4, 2)),
-    (Block(2, 3), (4, 6), (2, 2)), (Group(4), (5, 3, 2, 2), (5, 3)), (PerChannel(), (5, 3, 2, 2), (5,)), (Group(4), (8,), (1, 2)), (PerTensor(), (3,), (1,)),
+    (PerTensor(), (4, 6), (1,)), (PerChannel(), (4, 6), (4,)), (PerChannel(-1), (2, 3, 6), (6,)), (PerToken(), (2, 3, 6), (2, 3)),
+    (Group(3), (4, 6), (4, 2)), (Block(2, 3), (4, 6), (2, 2)), (Group(4), (5, 3, 2, 2), (5, 3)), (PerChannel(), (5, 3, 2, 2), (5,)),
+    (Group(4), (8,), (1, 2)), (PerTensor(), (3,), (1,)),
 ])
 def test_shapes_of_scales(grain: Grain, shape: tuple[int, ...], scales: tuple[int, ...]) -> None:
     assert grain.scale_shape(shape) == scales

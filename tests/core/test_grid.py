@@ -13,7 +13,8 @@ from qatlas.core.error import QuantError
 from qatlas.core.grid import Float, Grid, HalfStep, Sign, Stretched, Ternary, Uniform
 
 GRIDS = [
-    *(Uniform(b) for b in range(1, 9)), *(Uniform(b, False) for b in range(1, 9)), *(Uniform(b, narrow=True) for b in range(2, 9)), Uniform(12), Uniform(16),
+    *(Uniform(b) for b in range(1, 9)), *(Uniform(b, False) for b in range(1, 9)), *(Uniform(b, narrow=True) for b in range(2, 9)),
+    Uniform(12), Uniform(16),
     *(HalfStep(b) for b in range(1, 9)), *(Stretched(n) for n in (2, 3, 4, 5, 8, 15, 16)), Ternary(), Ternary(0.7), Sign(),
     Float(2, 1), Float(3, 2), Float(2, 3), Float(4, 3), Float(5, 2), Float(1, 2),
 ]

@@ -39,8 +39,9 @@ def test_defaults_are_left_out_and_types_are_kept() -> None:
     assert from_json([1, {"a": 2}, [3]]) == (1, {"a": 2}, (3,))
 
 
-@pytest.mark.parametrize("address", ["os:system", "subprocess:Popen", "core.grid:Nothing", "core.grid:QuantError", "core.grid:torch", "core.nowhere:Uniform",
-                                     "core.noun:Noun", "", ":", "core.grid", "..os:system", "core.grid:Uniform:more", None, 3])
+@pytest.mark.parametrize("address", ["os:system", "subprocess:Popen", "core.grid:Nothing", "core.grid:QuantError", "core.grid:torch",
+                                     "core.nowhere:Uniform", "core.noun:Noun",
+                                     "", ":", "core.grid", "..os:system", "core.grid:Uniform:more", None, 3])
 def test_foreign_classes_are_refused(address: Any) -> None:
     with pytest.raises(CheckpointError, match="no part of qatlas"):
         from_json({"is": address})

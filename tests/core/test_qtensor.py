@@ -51,14 +51,15 @@ def test_bytes_of_another_tensor_are_refused() -> None:
 
 
 QUANTS = [
-    Quant(Uniform(3)), Quant(Uniform(4, False), scale=MinMax()), Quant(Uniform(4, False), Group(8), MinMax("offset")), Quant(Ternary(), PerTensor(), AbsMean()),
+    Quant(Uniform(3)), Quant(Uniform(4, False), scale=MinMax()), Quant(Uniform(4, False), Group(8), MinMax("offset")),
+    Quant(Ternary(), PerTensor(), AbsMean()),
     Quant(Sign(), scale=AbsMean(), refit=True), Quant(HalfStep(2)), Quant(Stretched(3)), Quant(Uniform(4), Group(8), AbsMax(dtype="float16")),
     Quant(Uniform(4), Group(4), AbsMax(dtype="float8_e4m3fn")), Quant(Uniform(4), Group(4), AbsMax(dtype="float8_e8m0fnu")),
     Quant(Uniform(4), Group(4), AbsMax(nested=Quant(Uniform(6, False), Group(2), AbsMax(dtype="float16")))),
 ]
 
 
-@pytest.mark.parametrize("quant", QUANTS, ids=lambda q: f"{q.grid}-{q.scale.dtype}-{type(q.grain).__name__}{'-nested' * (q.scale.nested is not None)}")
+@pytest.mark.parametrize("quant", QUANTS, ids=lambda q: f"{q.grid}-{q.scale.dtype}-{q.grain}{'-nested' * (q.scale.nested is not None)}")
 def test_tensors_and_meta_give_the_same_tensor_back(quant: Quant) -> None:
     stored = quant.quantize(torch.randn(6, 16))
     again = QTensor.of(stored.to_tensors(), json.loads(json.dumps(stored.to_meta())))

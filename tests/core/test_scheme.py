@@ -38,7 +38,8 @@ def test_a_scheme_goes_to_json_and_back() -> None:
         assert from_json(scheme(text).to_json()) == scheme(text)
 
 
-@pytest.mark.parametrize("text", ["", "4", "a8", "w", "wfour", "w4a", "w4-x", "w4 a8", "W4", "w4-g", "kv8w4", "w4-g0", "w4-g32-tensor", "w1.5.8", "w..", "w4-static-static"])
+@pytest.mark.parametrize("text", ["", "4", "a8", "w", "wfour", "w4a", "w4-x", "w4 a8", "W4",
+                                  "w4-g", "kv8w4", "w4-g0", "w4-g32-tensor", "w1.5.8", "w..", "w4-static-static"])
 def test_another_form_is_refused_with_examples(text: str) -> None:
     with pytest.raises(QuantError, match=r"w<bits>.*for instance w4"):
         scheme(text)
