@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.error import RunError
 from .optim import AdamW, Optimizer, only, trained
-from .resume import Phase, Point, described, fingerprint, load_optimizer, load_random, load_state, optimizer_state, random_state, state_of
-from .run import Run, agreed, bar, check_precision, gathered
+from .point import point_of
+from .resume import Phase, Point, described, fingerprint, load_optimizer, load_random, load_state, random_state
+from .run import Run, agreed, bar, check_precision
 from .schedule import constant
 from .tactic import History, Loop, Loss, Pass, Tactic
 from .task import Batch, Task, moved
@@ -66,7 +67,7 @@ def fit(model: nn.Module, task: Task, *, train: str | Sequence[str] = "*", optim
         _begin(loop, train, optimizer, tactics, point)
         if point is None or not point.finished:
             _steps(loop, run, phase, schedule, objective, tactics, clip)
-            phase.write(_point(loop, tactics, finished=True)) if accelerator.is_main_process else None
+            phase.write(point_of(loop, tactics, finished=True)) if accelerator.is_main_process else None
     finally:
         load_random(outside)
         for parameter, flag in gradients:
@@ -143,7 +144,7 @@ def _steps(loop: Loop, run: Run, phase: Phase, schedule: Callable[[float], float
             advance(f"loss {value:.4f}")
             loop.step = step + 1
             if agreed(accelerator, phase.due(step + 1)) and step + 1 < loop.steps:
-                point = _point(loop, tactics)
+                point = point_of(loop, tactics)
                 phase.write(point) if accelerator.is_main_process else None
     if run.tensorboard:
         accelerator.end_training()
@@ -199,18 +200,6 @@ def _backward(loop: Loop, wrapped: nn.Module, run: Run, objective: Loss, tactics
             accelerator.backward(value * (share * ranks))         # ranks: DDP takes the mean of what is meant as a sum
             total += value.detach() * share
     return float(accelerator.reduce(total, "sum"))
-
-
-def _point(loop: Loop, tactics: Sequence[Tactic], finished: bool = False) -> Point:
-    states = [tactic.state_dict() for tactic in tactics]
-    rest = [{k: v for k, v in state.items() if not isinstance(v, Tensor)} for state in states]
-    plain: dict[str, Any] = {"history": vars(loop.history), "tactics": rest}
-    own = {f"{i}.{k}": v for i, state in enumerate(states) for k, v in state.items() if isinstance(v, Tensor)}
-    tensors = {"model.safetensors": state_of(loop.model)} | ({"tactics.safetensors": own} if own else {})
-    if not finished:
-        tensors["optimizer.safetensors"], plain["optimizer"] = optimizer_state(loop.optimizer, loop.names)
-        tensors["rng.safetensors"] = {name: gathered(loop.accelerator, t) for name, t in random_state().items()}
-    return Point(loop.step, finished, plain, tensors)
 
 
 def _curves(accelerator: Accelerator) -> None:

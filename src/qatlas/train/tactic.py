@@ -150,7 +150,7 @@ class Tactic:
 class Freeze(Tactic):
     """Keep the quantizers' scales where they are for the first part `until` of the run (0: never), then let them learn.
 
-    Learned scales move fastest when the weights have not settled yet; a short rest at the start is what BatchNorm-style warm-ups do for statistics.
+    Without a gradient neither the scale nor its moments move, so the scale starts afresh when its rest ends.
 
     >>> Freeze(0.1).until
     0.1
