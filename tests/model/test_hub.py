@@ -15,7 +15,8 @@ from qatlas.model.pack import pack, save
 
 AUTO = {"llama": AutoModelForCausalLM, "gpt2": AutoModelForCausalLM, "bert": AutoModelForSequenceClassification,
         "vit": AutoModelForImageClassification, "resnet": AutoModelForImageClassification}
-DTYPES = {"default": {}, "float32": {"dtype": torch.float32}, "bfloat16": {"dtype": torch.bfloat16}, "float16": {"dtype": "float16"}, "auto": {"dtype": "auto"}}
+DTYPES = {"default": {}, "float32": {"dtype": torch.float32}, "bfloat16": {"dtype": torch.bfloat16},
+          "float16": {"dtype": "float16"}, "auto": {"dtype": "auto"}}
 
 
 def stores(model):

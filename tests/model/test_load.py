@@ -78,7 +78,8 @@ def broken(path, how):
         (path / "config.json").write_text("{")
     else:
         config = json.loads((path / "config.json").read_text())
-        config |= {"shape": {"hidden_size": 32}, "type": {"model_type": "nonsense"}, "foreign": {"quantization_config": {"quant_method": "gptq"}}}[how]
+        config |= {"shape": {"hidden_size": 32}, "type": {"model_type": "nonsense"},
+                   "foreign": {"quantization_config": {"quant_method": "gptq"}}}[how]
         (path / "config.json").write_text(json.dumps(config))
 
 
@@ -96,7 +97,8 @@ def test_a_broken_directory_is_one_clear_error(how, tiny, tmp_path):
 
 
 def test_names_that_are_nothing(offline, tmp_path):
-    for name, say in (("nobody/nothing", "nobody/nothing cannot be fetched"), ("zoo:gtp", "nearest: gpt"), (tmp_path / "none", "there is no directory")):
+    for name, say in (("nobody/nothing", "nobody/nothing cannot be fetched"),
+                      ("zoo:gtp", "nearest: gpt"), (tmp_path / "none", "there is no directory")):
         if str(name).startswith("zoo"):
             pytest.importorskip("qatlas.model.zoo")
         with pytest.raises(CheckpointError, match=say) as caught:

@@ -144,6 +144,24 @@ def test_config_says_what_was_done(tiny, tmp_path):
     assert own["layers"]["lm_head"]["tied"] == "model.embed_tokens" and config["architectures"] == ["LlamaForCausalLM"]
 
 
+def test_rules_travel_with_the_model(tiny, tmp_path):
+    from qatlas.core.noun import from_json
+    from qatlas.model.rules import Role, Rule, keep_full, quantize
+    rules = [*keep_full(Role.HEAD), Rule("*.mlp.*", weight=weight(4)), Rule("*.self_attn.*", weight=weight(8).but(grain=tiny.group(32)))]
+    model = quantize(tiny.models["llama"]().eval(), rules)
+    loaded = load_packed(save(pack(model), tmp_path / "out"))
+    again = load_packed(save(loaded, tmp_path / "again"))
+    assert from_json(again.config.quantization_config.rules) == tuple(rules)
+    assert torch.equal(tiny.answer(again, "llama"), tiny.answer(model, "llama"))
+
+
+def test_a_failing_write_leaves_nothing(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("qatlas.model.pack.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save(tiny.made("plain"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_checkpoint_speaks_hugging_face(tiny):
     pytest.importorskip("qatlas.export.checkpoint")
     for name in ("llama", "gpt2", "resnet"):
@@ -228,10 +246,11 @@ def spoil(path, how):
         edit(path, layers=layers)
 
 
-BROKEN = {"truncated": "truncated", "header": "truncated", "missing": "1 missing: model.layers.0.mlp.up_proj.store.codes", "extra": "1 superfluous: spare",
-          "shape": "of another shape", "type": "not U8", "pickle": "pickle files are never opened", "gone": "no model.safetensors",
-          "config": "no config.json", "json": "cannot be read", "version": "version 2", "news": "with news", "foreign": "'gptq'", "layers": "no layers",
-          "width": "in the model", "depth": "lacks", "class": "Evil"}
+BROKEN = {"truncated": "truncated", "header": "truncated", "missing": "1 missing: model.layers.0.mlp.up_proj.store.codes",
+          "extra": "1 superfluous: spare", "shape": "of another shape", "type": "not U8", "pickle": "pickle files are never opened",
+          "gone": "no model.safetensors",
+          "config": "no config.json", "json": "cannot be read", "version": "version 2", "news": "with news", "foreign": "'gptq'",
+          "layers": "no layers", "width": "in the model", "depth": "lacks", "class": "Evil"}
 
 
 @pytest.mark.parametrize("how", BROKEN)

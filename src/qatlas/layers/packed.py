@@ -91,7 +91,7 @@ class Packed(Layer):
 
     @property
     def weight(self) -> Tensor:
-        """The values of the weight, (out, ...), in the type of the model: for models that look at `layer.weight.dtype` in their forward (ViT, GPT-2)."""
+        """The values of the weight, (out, ...), in the type of the model: for models that read `layer.weight.dtype` in their forward (ViT, GPT-2)."""
         w = self.store.qtensor().dequantize().detach()
         w = w if self.transform is None else self.transform.back(w)
         return w.to(self.answer or w.dtype)

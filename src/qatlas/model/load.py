@@ -108,14 +108,14 @@ def _from(where: str, task: str, config: dict[str, Any], told: str) -> tuple[nn.
 
 
 def _complete(model: nn.Module, report: dict[str, Any], told: str, body: str | None, new_head: bool) -> None:
-    """A tensor that the files lack would be random: only the head outside of `body` may be, and have another shape where the user wants other labels."""
+    """A tensor that the files lack would be random: only a head outside of `body` may be, and have another shape when other labels are asked for."""
     missing = sorted(key for key in report.get("missing_keys", ()) if body is None or key.startswith(f"{body}."))
     wrong = sorted((key, tuple(there), tuple(here)) for key, there, here in report.get("mismatched_keys", ())
                    if body is None or not new_head or key.startswith(f"{body}."))
     if wrong:
         key, there, here = wrong[0]
-        raise CheckpointError(f"{told} does not fit its config.json: {len(wrong)} tensors have another shape, first {key}: {there} in the file, {here} "
-                              "in the model. The two must come from the same save")
+        raise CheckpointError(f"{told} does not fit its config.json: {len(wrong)} tensors have another shape, first {key}: {there} in the file, "
+                              f"{here} in the model. The two must come from the same save")
     if missing:
         raise CheckpointError(f"{told} lacks {len(missing)} tensors of {type(model).__name__} ({', '.join(missing[:3])}, ...); they would be random. "
                               "The files belong to another model, or some are missing")
@@ -140,5 +140,5 @@ def _tokenizer(where: str, task: str) -> Any:
     except Exception as error:                                    # what a missing tokenizer raises differs from model to model
         there = [name for name in pack.TOKENIZER if (Path(where) / name).is_file()]
         if there:
-            raise CheckpointError(f"{where} has {', '.join(there)}, which transformers cannot read: {str(error)[:200]}; copy or save it again") from error
+            raise CheckpointError(f"{where} has {', '.join(there)}, which transformers cannot read ({str(error)[:200]}); save it again") from error
         return None
