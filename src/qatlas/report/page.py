@@ -93,7 +93,7 @@ def _stages(record: Record) -> list[dict[str, Any]]:
         value = (record.scores.get(name) or {}).get(metric.name) if metric else None
         weight = finite(record.sizes.get(name))
         rows.append({
-            "name": name, "score": metric.say(value) if metric else NOTHING, "bad": real(value) is not None and not math.isfinite(float(value)),
+            "name": name, "score": metric.say(value) if metric else NOTHING, "bad": real(value) is not None and finite(value) is None,
             "ratio": NOTHING if name == FULL or metric is None else times(ratio(value, full.get(metric.name))),
             "size": size(weight), "smaller": "" if name == FULL or not weight else smaller(weight, record.sizes.get(FULL)).replace(NOTHING, ""),
             "seconds": seconds(record.times.get(name)),

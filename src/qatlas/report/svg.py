@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 import matplotlib
 from markupsafe import Markup, escape
@@ -22,7 +23,7 @@ LIGHT = {"ink": "#1c1e21", "muted": "#5d646c", "line": "#dfe3e8", "paper": "#fff
          "full": "#737b84", "untrained": "#d55e00", "trained": "#0072b2", "export": "#009e73"}
 DARK = {"ink": "#e8eaed", "muted": "#a2abb5", "line": "#343a42", "paper": "#16181c",
         "full": "#949da7", "untrained": "#f28e4c", "trained": "#5ab0f2", "export": "#3cc497"}
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "qatlas", "text.parse_math": False, "font.family": ["DejaVu Sans"], "font.size": 9.0,
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "qatlas", "text.parse_math": False, "font.family": ["DejaVu Sans"], "font.size": 9.0,
          "axes.edgecolor": LIGHT["line"], "axes.labelcolor": LIGHT["muted"], "axes.linewidth": 0.8, "axes.spines.top": False,
          "axes.spines.right": False, "axes.titlesize": 10.0, "axes.titlelocation": "left", "axes.titlecolor": LIGHT["ink"], "axes.axisbelow": True,
          "axes.labelsize": 9.0, "grid.color": LIGHT["line"], "grid.linewidth": 0.7, "text.color": LIGHT["ink"], "xtick.color": LIGHT["muted"],
