@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from parts import classes, every
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from parts import classes, every
 from qatlas import export, papers
 from qatlas.core.error import FormatError, QatlasError
 from qatlas.core.grain import Group, PerChannel
@@ -189,7 +189,7 @@ def test_law_12_no_token_hears_the_future_or_its_neighbour(text: str, form: str)
 
 
 def test_a_static_activation_scale_is_the_known_exception() -> None:
-    """One scale a tensor is the same for all tokens once it is learned: it does not break law 12. A *fresh* one a tensor would, and is what to avoid."""
+    """One scale a tensor, learned, is the same for all tokens and does not break law 12; a fresh one would: later tokens move it."""
     model = llama()
     quantize(model, [*keep_full(Role.EMBEDDING, Role.HEAD), Rule("*proj", weight=weight(4), input=Quant(A8.grid, importlib.import_module(
         "qatlas.core.grain").PerTensor(), AbsMax()))])
