@@ -187,8 +187,6 @@ def test_errors_name_what_to_write() -> None:
             assert "(3, 7)" in str(error)
 
 
-# ---- laws 4 to 9, 11, 12: with the floors that they speak of ---------------------------------------------------------------------------------------
-
 def test_the_lists_hold_what_they_should() -> None:
     """Listing finds the parts; an empty list would pass every law."""
     def names(parts: list[Any]) -> set[str]:

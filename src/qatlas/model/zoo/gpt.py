@@ -37,7 +37,7 @@ def gpt() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def text(split: str) -> str:
-    """The text of "train" (2.4 MB) or "heldout" (0.1 MB), with `<|endoftext|>` before each document and after the last.
+    """The text of "train" (2.5 MB) or "heldout" (0.1 MB), with `<|endoftext|>` before each document and after the last.
 
     No paragraph of 60 characters and more is in both. Raises ValueError for another name and where the text is not the one that SOURCES.md describes.
 
