@@ -1,8 +1,8 @@
 """The demo: the main job with everything chosen, on the language model that ships with the package and the text that it was trained on.
 
-A Llama of 3.4 million parameters is judged in full precision; its layers are rounded to ternary weights and 8-bit activations, which destroys it; a short
-training with learned steps (LSQ), taught by the full-precision model, brings it back; the result is packed, exported for llama.cpp (TQ2_0), and read back
-by the readers of others. Sized for two cores and five minutes.
+A Llama of 3.4 million parameters is judged in full precision; its layers are rounded to ternary weights and 8-bit activations, which destroys it; a
+short training with learned steps (LSQ), taught by the full-precision model, brings it back; the result is packed, exported for llama.cpp (TQ2_0), and
+read back by the readers of others. Sized for two cores and five minutes.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ def _fitted(model: nn.Module, plan: dict[str, Slots], target: str) -> dict[str, 
     from ..export import target as find_target
 
     form, kind = find_target(target)
-    out = {}
+    out, refused = {}, {}
     for name, slots in plan.items():
         if slots.weight is None:
             out[name] = slots
@@ -213,7 +213,11 @@ def _fitted(model: nn.Module, plan: dict[str, Slots], target: str) -> dict[str, 
         try:
             out[name] = slots.but(weight=form.fit(slots.weight, kind, shape))
         except FormatError as error:
-            raise FormatError(f"{name}: {error}") from None
+            refused[name] = error
+    if refused:
+        first, more = next(iter(refused)), list(refused)[1:]
+        also = f"\n  refused as well: {len(more)} more layers ({', '.join(more[:3])}{', ...' if more[3:] else ''})" if more else ""
+        raise FormatError(f"{first}: {refused[first]}{also}") from None
     return out
 
 

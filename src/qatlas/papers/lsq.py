@@ -9,16 +9,16 @@ The step of the grid is a parameter like any other, and it hears how far the val
     dx = g inside the clip range, else 0
     ds = gamma * sum g * (round(u) - u inside; -Qn below; Qp above),      u = x / s, gamma = 1 / sqrt(N * Qp)
 
-N is the number of weights that share a step; for an activation, the features of one token or pixel, so that the step's learning rate does not depend on
-the batch. A step starts at 2 mean|x| / sqrt(Qp): weights from themselves, activations from a calibration batch (not from the first training batch, so
-that several processes start alike and a resumed run does not start again).
+N is the number of weights that share a step; for an activation, the features of one token or pixel, so that the step's learning rate does not
+depend on the batch. A step starts at 2 mean|x| / sqrt(Qp): weights from themselves, activations from a calibration batch (not from the first training
+batch, so that several processes start alike and a resumed run does not start again).
 
 Otherwise than the paper: AdamW and a cosine in place of SGD, since our models are transformers. With Adam gamma is divided away, so what counts is
-`scale_lr`; weight decay never reaches a step. Activations are quantized per token with a fresh absmax step in language models, where one learned step
-for all tokens would let later tokens move earlier ones (`static=True` learns one step a tensor as in the paper; encoders and vision). Embeddings, head
-and classifier stay in full precision unless a rule says otherwise; the paper puts first and last layer at 8 bits. 1.58 bits is LSQ on -1, 0, 1 with the
-step started from mean|w|. With `distil` the loss is the divergence from the full-precision model's logits in place of the labels' cross entropy (the
-paper reports a gain from distillation in its section 3.7).
+`scale_lr`; weight decay never reaches a step. Activations are quantized per token with a fresh absmax step in language models, which follows their
+outliers (`static=True` learns one step a tensor as in the paper; encoders and vision). Embeddings, head and classifier stay in full precision unless
+a rule says otherwise; the paper puts first and last layer at 8 bits. 1.58 bits is LSQ on -1, 0, 1 with the step started from mean|w|. With `distil`
+the loss is the divergence from the full-precision model's logits in place of the labels' cross entropy (the paper reports a gain from distillation
+in its section 3.7).
 
 Numbers of ours: docs/results.md#lsq.
 """
