@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from .job import Job, Outcome, run
 
-STEPS = 200
+STEPS = 240
 
 
 def demo(out: str = "demo", *, steps: int | None = None, seed: int = 0, threads: int = 0, say: Callable[[str], None] = lambda line: None) -> Outcome:
