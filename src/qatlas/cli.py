@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PermissionError as error:
         sys.stderr.write(f"qatlas: {error.filename or ''}: no right to read or write there\n")
         return 2
+    except BrokenPipeError:                                       # `qatlas show lsq | head`: the reader has seen enough
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
     except KeyboardInterrupt:
         sys.stderr.write("\nqatlas: interrupted; a run with --out goes on with --resume\n")
         return 130
@@ -50,9 +53,9 @@ def command(argv: list[str]) -> int:
         print("\n  qatlas COMMAND --help teaches the rest")
         return 0
     if argv[0] in ("-V", "--version"):
-        from importlib.metadata import version
+        from .record import versions
 
-        print(version("qatlas"))
+        print(versions().get("qatlas", "a source tree, not installed"))
         return 0
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
@@ -60,7 +63,7 @@ def command(argv: list[str]) -> int:
     if name == "run":
         return _run(rest)
     function = COMMANDS[name]
-    parser = Parser(prog=f"qatlas {name}", description=essay(function), default_meta=False)
+    parser = Parser(prog=f"qatlas {name}", description=essay(function))
     parser.add_argument("--config", action="config", help="a YAML file of these flags")
     parser.add_function_arguments(function, as_positional=True)
     given = parser.bare().parse_args(rest)
