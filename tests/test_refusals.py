@@ -26,7 +26,8 @@ def refused(tmp_path, monkeypatch, capsys, llama_dir, text_file):
         raise AssertionError("it began to train")
 
     def ask(*argv, model=llama_dir, data=text_file):
-        full = ["run", "lsq", "--model", str(model), "--data", str(data), *FLAGS, "--out", str(tmp_path / "out"), *argv[1:]] if argv[0] == "lsq" else argv
+        shared = ["run", "lsq", "--model", str(model), "--data", str(data), *FLAGS, "--out", str(tmp_path / "out")]
+        full = [*shared, *argv[1:]] if argv[0] == "lsq" else argv
         before = tree(tmp_path)
         capsys.readouterr()
         with monkeypatch.context() as patch:
