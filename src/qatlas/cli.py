@@ -1,4 +1,5 @@
-"""The command line: thin. Each command reads its flags from the signature of a function, calls it, and prints; errors for people end with code 2.
+"""The command line: what people type. Each command reads its flags from the signature of a function, calls it, and prints; errors for people end
+with code 2.
 
     qatlas demo                                      the main job on the model that ships with the package, in a few minutes
     qatlas run lsq --model DIR --data FILE --bits 4 --target gguf:q4_0 --out DIR

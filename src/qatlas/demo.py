@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from .job import Job, Outcome, run
 
-STEPS = 200
+STEPS = 240
 MODEL, DATA = "zoo:gpt", "builtin:docs"
 
 

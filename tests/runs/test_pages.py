@@ -1,0 +1,32 @@
+"""What is made from the code is up to date, and README's commands are the Makefile's."""
+
+import importlib.util
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def pages():
+    spec = importlib.util.spec_from_file_location("pages", ROOT / "runs" / "pages.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pages_are_up_to_date():
+    for path, text in pages().pages().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is out of date: python runs/pages.py"
+
+
+def test_the_tree_has_a_line_for_each_file():
+    made = pages()
+    files = [p for p in made.SOURCE.rglob("*.py") if p.stat().st_size]
+    assert len(made.tree().splitlines()) == len(files) + 2, "a file has no head"
+    assert all(len(line) < 200 for line in made.tree().splitlines())
+
+
+def test_readme_names_the_two_commands():
+    readme, make = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "Makefile"))
+    for command in ("demo", "test"):
+        assert f"make {command}" in readme and f"\n{command}:" in make
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
