@@ -75,6 +75,7 @@ def spoilt(llama_dir, tmp_path):
     (["report", "nowhere"], ["nowhere", "record.json"]),
     (["generate", "./nowhere"], ["there is no directory ./nowhere"]),
     (["show"], ["paper"]),
+    (["run", "lsq", "--resume"], ["nothing to resume", "--out"]),
     (["demo", "--step", "3"], ["--step", "--steps"]),
 ])
 def test_words_that_mean_nothing(refused, argv, words):
@@ -255,6 +256,13 @@ def test_encoded_images_without_pillow(refused, tmp_path, monkeypatch):
     pq.write_table(pa.table({"jpeg": [b"x"] * 40, "label": [0, 1] * 20}), tmp_path / "images.parquet")
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert "pip install 'qatlas[vision]'" in refused("lsq", model="zoo:resnet", data=tmp_path / "images.parquet")
+
+
+def test_labels_that_the_model_has_no_place_for(refused, tmp_path):
+    import numpy as np
+
+    np.savez(tmp_path / "images.npz", x=np.zeros((40, 32, 32, 3), dtype=np.uint8), y=np.arange(40) % 12)
+    assert "labels 0 to 11" in refused("lsq", model="zoo:resnet", data=tmp_path / "images.npz")
 
 
 def test_curves_without_tensorboard(refused, monkeypatch):

@@ -102,7 +102,7 @@ def _run(argv: list[str]) -> int:
     return _code(outcome.record.proofs)
 
 
-def demo(out: str = "demo", steps: int | None = None, seed: int = 0, threads: int = 0) -> int:
+def demo(out: str = "demo", steps: int | None = None, seed: int = 0, threads: int = 0, resume: bool = False) -> int:
     """The main job on the model that ships with the package: ternary weights, 8-bit activations, exported to llama.cpp and read back.
 
     Args:
@@ -110,11 +110,12 @@ def demo(out: str = "demo", steps: int | None = None, seed: int = 0, threads: in
         steps: optimizer steps; by default so many that two cores need less than five minutes.
         seed: of the data order.
         threads: threads of torch; 0 leaves them as they are.
+        resume: go on where a demo was stopped.
     """
     from .demo import demo as play
 
     quiet()
-    outcome = play(out, steps=steps, seed=seed, threads=threads, say=_say)
+    outcome = play(out, steps=steps, seed=seed, threads=threads, resume=resume, say=_say)
     table.scores(outcome.record)
     table.proofs(outcome.record.proofs)
     for stage, text in outcome.record.samples.items():
