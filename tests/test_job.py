@@ -120,3 +120,12 @@ def test_exports_of_one_run_stand_side_by_side(small, tmp_path):
     with pytest.raises(FormatError, match="no target"):
         keep.add_export(out, "gguf:q9_0")
     assert set(Record.read(out).sizes) == {"full precision", "packed", "gguf:tq2_0", "gguf:q4_0"}
+
+
+def test_what_a_killed_save_left_is_taken_away(small, tmp_path):
+    out = tmp_path / "out"
+    for name in (".model", "..model.part-77"):
+        (out / name).mkdir(parents=True)
+        (out / name / "model.safetensors").write_bytes(b"half")
+    run("lsq", ARGUMENTS, replace(small, out=str(out)))
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
