@@ -1,4 +1,5 @@
-"""The command line: what people type. Each command reads its flags from the signature of a function, calls it, and prints; errors for people end with code 2.
+"""The command line: what people type. Each command reads its flags from the signature of a function, calls it, and prints; errors for people end
+with code 2.
 
     qatlas demo                                      the main job on the model that ships with the package, in a few minutes
     qatlas run lsq --model DIR --data FILE --bits 4 --target gguf:q4_0 --out DIR
@@ -37,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PermissionError as error:
         sys.stderr.write(f"qatlas: {error.filename or ''}: no right to read or write there\n")
         return 2
+    except BrokenPipeError:                                       # `qatlas show lsq | head`: the reader has seen enough
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
     except KeyboardInterrupt:
         sys.stderr.write("\nqatlas: interrupted; a run with --out goes on with --resume\n")
         return 130
@@ -50,9 +54,9 @@ def command(argv: list[str]) -> int:
         print("\n  qatlas COMMAND --help teaches the rest")
         return 0
     if argv[0] in ("-V", "--version"):
-        from importlib.metadata import version
+        from .record import versions
 
-        print(version("qatlas"))
+        print(versions().get("qatlas", "a source tree, not installed"))
         return 0
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
@@ -60,7 +64,7 @@ def command(argv: list[str]) -> int:
     if name == "run":
         return _run(rest)
     function = COMMANDS[name]
-    parser = Parser(prog=f"qatlas {name}", description=essay(function), default_meta=False)
+    parser = Parser(prog=f"qatlas {name}", description=essay(function))
     parser.add_argument("--config", action="config", help="a YAML file of these flags")
     parser.add_function_arguments(function, as_positional=True)
     given = parser.bare().parse_args(rest)
@@ -98,7 +102,7 @@ def _run(argv: list[str]) -> int:
     return _code(outcome.record.proofs)
 
 
-def demo(out: str = "demo", steps: int | None = None, seed: int = 0, threads: int = 0) -> int:
+def demo(out: str = "demo", steps: int | None = None, seed: int = 0, threads: int = 0, resume: bool = False) -> int:
     """The main job on the model that ships with the package: ternary weights, 8-bit activations, exported to llama.cpp and read back.
 
     Args:
@@ -106,11 +110,12 @@ def demo(out: str = "demo", steps: int | None = None, seed: int = 0, threads: in
         steps: optimizer steps; by default so many that two cores need less than five minutes.
         seed: of the data order.
         threads: threads of torch; 0 leaves them as they are.
+        resume: go on where a demo was stopped.
     """
     from .demo import demo as play
 
     quiet()
-    outcome = play(out, steps=steps, seed=seed, threads=threads, say=_say)
+    outcome = play(out, steps=steps, seed=seed, threads=threads, resume=resume, say=_say)
     table.scores(outcome.record)
     table.proofs(outcome.record.proofs)
     for stage, text in outcome.record.samples.items():

@@ -18,6 +18,9 @@ SHARED = ("model", "task")                                        # what a paper
 class Parser(ArgumentParser):
     """An ArgumentParser that takes a bare --flag for yes, and whose complaints name what comes closest."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(default_meta=False, allow_abbrev=False, **settings)         # half a flag is another paper's whole one
+
     def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
         flags = re.findall(r"--[\w.-]+", message) if "nrecognized" in message else []
         known = [flag for action in self._actions for flag in action.option_strings]
@@ -52,7 +55,7 @@ def run_parser(paper: str) -> Parser:
     from .job import Job
 
     function = papers.paper(paper)
-    parser = Parser(prog=f"qatlas run {paper}", description=f"{first_line(papers.module(paper))} {first_line(function)}", default_meta=False)
+    parser = Parser(prog=f"qatlas run {paper}", description=f"{first_line(papers.module(paper))} {first_line(function)}")
     parser.add_argument("--config", action="config", help="a YAML file of these flags")
     parser.add_function_arguments(function, skip=set(SHARED), nested_key=None)
     parser.add_class_arguments(Job, nested_key=None)

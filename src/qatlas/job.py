@@ -202,11 +202,21 @@ def prepare(job: Job, control: Run) -> tuple[nn.Module, Any, Task]:
         _check_target(job.target, model, tokenizer)
     if kind == "image":
         images: Task = Images(job.data, batch=job.batch, target=job.target, extra_rules=rules, run=control)
+        _check_labels(job, model, images)
         return model, tokenizer, images
     if tokenizer is None:
         raise DataError(f"{job.model} has no tokenizer, which the task {kind!r} needs; put tokenizer.json beside its weights")
     task = TASKS[kind](job.data, tokenizer, length=job.length, batch=job.batch, target=job.target, extra_rules=rules, run=control)
+    _check_labels(job, model, task)
     return model, tokenizer, task
+
+
+def _check_labels(job: Job, model: nn.Module, task: Task) -> None:
+    """Refuse labels that the model's last layer has no place for."""
+    asked, has = getattr(task, "classes", 0), getattr(getattr(model, "config", None), "num_labels", 0)
+    if asked and has and (asked > has or asked == 1 != has):
+        raise DataError(f"{job.data} has labels 0 to {asked - 1}, {job.model} answers with {has} classes; "
+                        "take a model with a head for these labels" + (", or labels that are classes" if asked == 1 else ""))
 
 
 def _check_target(target: str, model: nn.Module, tokenizer: Any) -> None:

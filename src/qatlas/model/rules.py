@@ -192,7 +192,8 @@ def _slots(name: str, said: dict[str, Any], layer: type[Quantized]) -> Slots:
 def _unused(rule: Rule, index: int, names: Iterable[str]) -> None:
     names = [name for name in names if name]
     glob = rule.where.partition(":")[0]
-    close = nearest(glob, names) or sorted({name.split(".")[-1] for name in names})[:5]
+    leaves = sorted({name.split(".")[-1] for name in names} - {str(i) for i in range(len(names))})
+    close = nearest(glob, names) or [f"*.{leaf}" for leaf in nearest(glob.split(".")[-1], leaves)] or leaves[:5]
     raise RuleError(f"rule {index + 1} ({rule.where!r}) matches no {'layer' if _wants(rule) else 'module'}.\n  nearest names: {', '.join(close)}\n"
                     f"  roles: {', '.join(Role)}\n"
                     "  A rule that matches nothing would leave tensors in full precision unseen; take it out or mend the name.")

@@ -59,6 +59,8 @@ class Run:
                 raise RunError(f"{name}={value}: give a positive number, or None")
         if tensorboard and out is None:
             raise RunError("tensorboard curves need an output directory: give out=")
+        if resume and out is None:
+            raise RunError("there is nothing to resume without a directory: give out= (--out), where the run was")
         if self.out is not None:
             self._claim(self.out)
 
