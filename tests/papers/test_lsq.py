@@ -84,20 +84,22 @@ def test_eight_bit_steps_stay_near_their_start():
         assert ((quantizer.scale - start).abs() / start).max() < 0.1
 
 
-@pytest.mark.parametrize("arguments, rate", [({"lr": 1e-2}, 1e-3), ({"lr": 1e-2, "scale_lr": 5e-4}, 5e-4)])
+@pytest.mark.parametrize("arguments, rate", [({"lr": 1e-2}, 1e-2), ({"lr": 1e-2, "scale_lr": 5e-4}, 5e-4)])
 def test_steps_have_a_learning_rate_of_their_own_and_no_decay(arguments, rate):
-    groups = {}
+    groups, steps = {}, []
 
     class Look(Tactic):
         def after(self, loop):
             groups.update({group["role"]: group for group in loop.optimizer.param_groups})
+            steps.extend(group for group in loop.optimizer.param_groups if group["role"] == "scales")
 
     task = lm()
     task.run.tactics = (Look(),)
     lsq(tiny_llama(), task, steps=1, weight_decay=0.3, **arguments)
     assert groups["scales"]["base_lr"] == pytest.approx(rate) and groups["weights"]["base_lr"] == 1e-2
     assert (groups["scales"]["weight_decay"], groups["norms"]["weight_decay"], groups["weights"]["weight_decay"]) == (0, 0, 0.3)
-    assert len(groups["scales"]["params"]) == 14
+    assert len(steps) == 14 and all(group["relative"] for group in steps)     # each in units of its own size
+    assert all(group["lr"] < rate * 0.5 for group in steps)
 
 
 def test_group():
