@@ -20,7 +20,7 @@ def demo(out: str = "demo", *, steps: int | None = None, seed: int = 0, threads:
          say: Callable[[str], None] = lambda line: None) -> Outcome:
     """Run the demo into a new directory; see `job.run` for what comes back."""
     arguments = {"bits": 1.58, "input_bits": 8, "distil": True, "lr": 2e-3, "steps": STEPS if steps is None else steps}
-    job = Job(model=MODEL, data=DATA, target="gguf:tq2_0", out=out, seed=seed, threads=threads, resume=resume, batch=8, length=256)
-    flags = {**arguments, "model": job.model, "data": job.data, "target": job.target, "out": out, "seed": seed}
+    job = Job(model=MODEL, data=DATA, target="gguf:tq2_0", out=out, seed=seed, threads=threads, resume=resume, batch=8, length=256, watch=60)
+    flags = {**arguments, "model": job.model, "data": job.data, "target": job.target, "out": out, "seed": seed, "watch": job.watch}
     command = shlex.join(["qatlas", "run", "lsq", *(f"--{key}={value}" for key, value in flags.items())])
     return run("lsq", arguments, job, command=command, say=say)
