@@ -1,11 +1,11 @@
 """LSQ against round-to-nearest on a real, pretrained Llama of 260,032 parameters, at 8, 4, 3 and 2 bits.
 
 Training text: no TinyStories text is at hand, so the full-precision model writes it (data-free, as LLM-QAT does): `--stories` samples at temperature
-1, each from its own beginning. All trained rows see the same text in the same order for the same seed, the same number of steps, and the same schedule.
+1, each from its own beginning. All trained rows see the same text in the same order for the same seed, the same number of steps and schedule.
 Judged on five real stories that none of them has seen (1,804 tokens, each story from its own beginning): full precision 3.55.
 
-    rows        round-to-nearest with absmax steps; the same with the step of least squared error; LSQ's start; LSQ trained on the text;
-                LSQ taught by the full-precision logits; and the boring control: the full-precision model trained as long on the same text
+    rows        round-to-nearest with absmax steps; the same with the step of least squared error; LSQ trained on the text; LSQ
+                taught by the full-precision logits; and the boring control: the full-precision model trained as long on the same text
     all layers  weights per output channel, every linear layer but the head
     gguf        trained for q8_0 (8 bits) or q4_0 (4, 3, 2 bits: their codes are codes of q4_0), groups of 32; down_proj stays full, since its 172
                 inputs are no multiple of 32; written, and read back by the gguf package, transformers and llama.cpp
