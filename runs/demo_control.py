@@ -1,7 +1,7 @@
-"""The demo's boring control: the full-precision model, trained for as many steps on the same text in the same order, taught by itself or by the labels.
+"""The demo's boring control: the full-precision model, trained for as many steps on the same text in the same order by the labels.
 
-What the quantized model gains by its training must not be what any further training gains. With the demo's learning rate for the labels' loss; taught
-by a copy of itself the full-precision model has nothing to learn, which is the point: its perplexity is the ceiling of what the demo can reach.
+What the quantized model gains by its training must not be what any further training gains. The model was trained on this text until its held-out loss
+rose, so more of the same is expected to make it worse: at the demo's learning rate, and at a tenth of it.
 
     python runs/demo_control.py [--steps 240] [--seeds 3]
 """
