@@ -240,7 +240,7 @@ def test_each_forward_is_read_afresh_and_shared_layers_in_lists():
 
 @pytest.mark.parametrize(("address", "says"), [
     ("*.self_atn:scores", r"matches no module[\s\S]*nearest names: .*self_attn"),
-    ("*.self_attn:probs", r"no signal 'probs', nearest: .*projected|no signal 'probs'.*all: .*probabilities"),
+    ("*.self_attn:probs", r"no signal probs, nearest: probabilities, .*all: input, output"),
     ("*.self_attn", r"names a module, not a signal; write '\*.self_attn:output'"),
     ("*.mlp:scores", r"model.layers.0.mlp \(LlamaMLP\) has no signal scores; it has input, output"),
     ("@head:key", r"lm_head \(Linear\) has no signal key")])

@@ -18,6 +18,7 @@ from ..core.error import RuleError
 from ..core.quantizer import Quant
 from ..layers.packed import Packed
 from ..layers.quantized import Quantized
+from . import inner
 from .probe import forward, undisturbed
 from .roles import roles
 from .rules import quantizers, reachable
@@ -38,10 +39,21 @@ class Row:
 
 
 @dataclass
+class Signal:
+    """One quantizer inside attention: its address, numbers, and how often it ran in (train, eval)."""
+
+    address: str
+    quant: str
+    calls: tuple[int, int] = (0, 0)
+
+
+@dataclass
 class Coverage:
-    """The table. `silent`: quantizers that did not run in both modes; `unreached`: matrices that no rule can reach and none named."""
+    """The table of matrices, and that of `signals` inside attention. `silent`: quantizers that did not run in both modes; `unreached`: matrices that
+    no rule can reach and none named."""
 
     rows: list[Row] = field(default_factory=list)
+    signals: list[Signal] = field(default_factory=list)
     silent: list[str] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
 
@@ -94,6 +106,10 @@ def describe(model: nn.Module, batch: Any = None) -> Coverage:
         elif name in reachable(model) and name in full:
             cover.rows.append(Row(name, type(module).__name__, _roles(role, name), tuple(module.weight.shape), "full", "full", 32.0))
             owned |= {id(p) for p in module.parameters()}
+    for address, quantizer in inner.installed(model).items():
+        train, evaluation = (calls or {}).get(address.replace(":", ".") + "_quantizer", (0, 0))
+        cover.signals.append(Signal(address, _say(quantizer.quant), (train, evaluation)))
+        owned |= {id(p) for p in quantizer.parameters()}
     cover.silent = [name for name, n in (calls or {}).items() if 0 in n and not _shared(model, name)]
     cover.unreached = [name for name, p in model.named_parameters() if p.dim() > 1 and p.numel() > max(p.shape) and id(p) not in owned
                        and not any(name == f or name.startswith(f + ".") for f in full if f) and "embed" not in name]

@@ -23,12 +23,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
-from ..core.error import CheckpointError, QuantError, RuleError, nearest
-from ..core.noun import from_json
-from ..core.quantizer import Quant, Quantizer
+from ..core.error import RuleError, nearest
 from ..layers import attention
 from .roles import roles
 
@@ -99,7 +96,7 @@ def find(model: nn.Module, address: str) -> list[Spot]:
         raise RuleError(f"{address!r} names a module, not a signal; write {address + ':output'!r}, or one of {', '.join(ALL)}")
     if signal not in ALL:
         close = nearest(signal, ALL) or ["none is close"]
-        raise RuleError(f"{address!r}: there is no signal {signal!r}, nearest: {', '.join(close)}; all: {', '.join(ALL)}")
+        raise RuleError(f"{address!r}: there is no signal {signal}, nearest: {', '.join(close)}; all: {', '.join(ALL)}")
     role, names, around = roles(model), dict(model.named_modules()), attentions(model)
     matched = [name for name in names if matches(glob, name, role.get(name, ()))]
     if not matched:
@@ -189,8 +186,8 @@ def _switch(model: nn.Module) -> None:
             done.append(name)
             module.set_attn_implementation(attention.NAME)
     for name in attentions(model):
-        module: Any = model.get_submodule(name)
-        if module.config._attn_implementation != attention.NAME:
+        inner: Any = model.get_submodule(name)
+        if inner.config._attn_implementation != attention.NAME:
             raise RuleError(f"{name} cannot be switched to our attention: it stands outside of a transformers model, or its model forbids it")
 
 
@@ -201,56 +198,3 @@ def keep(model: nn.Module) -> None:
         if hasattr(getattr(module, "config", None), "_attn_implementation"):
             module.config = copy.deepcopy(module.config, copies)
     hold(model)
-
-
-def install(model: nn.Module, plan: Mapping[str, Mapping[str, Quant]]) -> None:
-    """Put quantizers into attention: module name -> signal -> Quant."""
-    for name, quants in plan.items():
-        try:
-            attention.attach(model.get_submodule(name), dict(quants))
-        except QuantError as error:
-            raise QuantError(f"{name}:{error}") from None
-    if plan:
-        keep(model)
-
-
-def installed(model: nn.Module) -> dict[str, Quantizer]:
-    """Address -> Quantizer, for all that stand inside attention."""
-    return {f"{name}:{signal}": q for name, module in model.named_modules() for signal, q in attention.attached(module).items()}
-
-
-def metas(model: nn.Module) -> dict[str, Any]:
-    """Address -> JSON of each quantizer inside attention: its Quant, and the shapes of what it holds."""
-    return {address: {"quant": q.quant.to_json(), "state": {name: list(t.shape) for name, t in q.state_dict().items()}}
-            for address, q in installed(model).items()}
-
-
-def blank(model: nn.Module, found: Mapping[str, Any]) -> dict[str, Quantizer]:
-    """Address -> an empty Quantizer for each meta; the model stays as it is.
-
-    Raises:
-        CheckpointError: a module that the model lacks or that has no attention, a meta that makes no quantizer.
-    """
-    around, out = attentions(model), {}
-    for address, meta in found.items():
-        name, _, signal = address.partition(":")
-        if name not in around or signal not in attention.QUANTIZED:
-            raise CheckpointError(f"the file has a quantizer at {address!r}, which {type(model).__name__} lacks; modules with attention: "
-                                  f"{', '.join(list(around)[:SHOWN]) or 'none'}. The file belongs to another model or another version of it")
-        try:
-            with torch.device("cpu"):
-                out[address] = Quantizer(from_json(meta["quant"]))
-                out[address].load_state_dict({key: torch.ones(shape) for key, shape in meta["state"].items()})
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, QuantError) as error:
-            raise CheckpointError(f"the description of the quantizer at {address!r} cannot be read ({type(error).__name__}: {error}); "
-                                  "config.json was edited, or written by another version of qatlas") from None
-    return out
-
-
-def put(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
-    """Set the quantizers of `blank` into the model."""
-    for address, quantizer in quantizers.items():
-        name, _, signal = address.partition(":")
-        setattr(model.get_submodule(name), f"{signal}_quantizer", quantizer.train(model.training))
-    if quantizers:
-        keep(model)
