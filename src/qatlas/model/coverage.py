@@ -18,6 +18,7 @@ from ..core.error import RuleError
 from ..core.quantizer import Quant
 from ..layers.packed import Packed
 from ..layers.quantized import Quantized
+from ..layers.rows import Rows
 from . import inner
 from .probe import forward, undisturbed
 from .roles import roles
@@ -96,7 +97,8 @@ def describe(model: nn.Module, batch: Any = None) -> Coverage:
     owned: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, Quantized | Packed):
-            names = [n for n in (f"{name}.weight_quantizer", f"{name}.input_quantizer", f"{name}.output_quantizer") if calls and n in calls]
+            own = tuple(f"{name}.{slot}_quantizer" for slot in ("weight", "input", "output"))
+            names = [n for n in calls or {} if n.startswith(own)]
             count = (0, 0) if calls is None or not names else (min(calls[n][0] for n in names), min(calls[n][1] for n in names))
             shape = tuple(module.weight.shape) if isinstance(module, Quantized) else tuple(module.store.shape)
             grid = module.store.grid if isinstance(module, Packed) else None
@@ -147,5 +149,5 @@ def _roles(role: dict[str, set], name: str) -> str:
     return " ".join(sorted(r.value for r in role.get(name, ())))
 
 
-def _say(quant: Quant | None) -> str:
-    return "full" if quant is None else f"{type(quant.grid).__name__} {quant.bits}b"
+def _say(quant: Quant | Rows | None) -> str:
+    return "full" if quant is None else quant.label

@@ -1,4 +1,4 @@
-"""Quantizers inside attention: from rules, into the model, into a file and back.
+"""Quantizers inside attention, from rules into the model, into a file and back.
 
 A rule reaches them by address, "*.self_attn:key" or "@attention:probabilities", slot `signal`. They stand in the attention module as its children
 (`self_attn.key_quantizer`), so that calibration, describe, a teacher with quantizers off and a checkpoint find them like any other; and the model is

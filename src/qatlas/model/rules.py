@@ -5,7 +5,8 @@
 
 A rule names modules by a glob on their names or by a role ("@head"); the first rule that matches wins, for each slot by itself: one rule may set the
 weight of a layer and a later one its input. A slot set to None says full precision aloud. An address "glob:signal" reaches a signal of a module and
-gives it the Quant of the slot `signal`: "*.q_proj:output" of a layer, "*.self_attn:key" inside attention (query, key, value, probabilities).
+gives it the Quant of the slot `signal`: "*.q_proj:output" of a layer, "*.self_attn:key" inside attention (query, key, value, probabilities). And
+"*.c_attn[q]" is a part of the rows of a fused matrix (fused.py).
 
 Nothing is silent: a user's rule that matches nothing is an error with the nearest names; so are a signal that a module does not have, one parameter
 under two different Quants, and, with a target, a tensor that the target cannot hold. An embedding's input is ids, which no rule quantizes.
@@ -34,7 +35,7 @@ from ..layers.embedding import QEmbedding
 from ..layers.linear import QLinear, QTransposed
 from ..layers.packed import Packed
 from ..layers.quantized import Quantized, Slots
-from . import inner
+from . import fused, inner
 from .probe import peaks
 from .roles import Role, roles
 from .signals import matches
@@ -71,10 +72,22 @@ class Rule(Noun):
         object.__setattr__(self, "where", str(self.where))
         if self.signal != UNSET and ":" not in self.where:
             raise RuleError(f"Rule({self.where!r}, signal=...): a signal has an address, for instance {self.where + ':output'!r}")
+        if self.rows and set(self.said()) - {"weight"}:
+            raise RuleError(f"Rule({self.where!r}): rows of a matrix have a weight of their own and nothing else; write {self.glob!r} for the rest")
 
     def matches(self, name: str, role: set[Role]) -> bool:
         """Whether a module of this name and these roles is meant."""
-        return matches(self.where.partition(":")[0], name, role)
+        return matches(self.glob, name, role)
+
+    @property
+    def glob(self) -> str:
+        """The names or the role that are meant, without signal and rows."""
+        return fused.parse(self.where.partition(":")[0])[0]
+
+    @property
+    def rows(self) -> str:
+        """The part of a fused matrix, else nothing."""
+        return fused.parse(self.where)[1]
 
     @property
     def address(self) -> str:
@@ -91,7 +104,8 @@ class Rule(Noun):
 
 def keep_full(*where: str) -> list[Rule]:
     """Rules that leave these roles or globs in full precision. A role may be absent from a model; a glob may not."""
-    return [Rule(each, weight=None, input=None, output=None, transform=None, adapter=None, optional=str(each).startswith("@")) for each in where]
+    return [Rule(each, weight=None) if fused.parse(str(each))[1] else
+            Rule(each, weight=None, input=None, output=None, transform=None, adapter=None, optional=str(each).startswith("@")) for each in where]
 
 
 def of_scheme(text: str) -> list[Rule]:
@@ -158,7 +172,7 @@ def reachable(model: nn.Module) -> dict[str, type[Quantized]]:
 def _plan(model: nn.Module, rules: Sequence[Rule]) -> tuple[dict[str, Slots], dict[str, dict[str, Quant]]]:
     """What the rules say of the modules that get any numbers: layer -> Slots, attention module -> signal -> Quant."""
     layers, role = reachable(model), roles(model)
-    modules = dict(model.named_modules())
+    modules, parted = dict(model.named_modules()), fused.sliceable(model)
     everything = [*modules, *(name for name, _ in model.named_parameters())]
     used: set[int] = set()
     plan, inside, full = {}, {}, set()
@@ -166,12 +180,15 @@ def _plan(model: nn.Module, rules: Sequence[Rule]) -> tuple[dict[str, Slots], di
         said: dict[str, Any] = {}
         has = _signals(layers.get(name), modules.get(name))
         for index, rule in enumerate(rules):
-            if not rule.matches(name, role.get(name, set())) or (rule.address and rule.address not in has):
+            if not rule.matches(name, role.get(name, set())) or (rule.address and rule.address not in has) \
+                    or (rule.rows and name not in parted):
                 continue
             if name in layers or not _wants(rule) or rule.address:
                 used.add(index)
-            said = rule.said() | _kept(rule) | said                # what was said first stays
+            new = fused.spread(rule.said(), rule.rows) if name in parted else rule.said()
+            said = new | _kept(rule) | said                        # what was said first stays
         if name in layers:
+            said = fused.gathered(said) if name in parted else said
             slots = _slots(said, layers[name])
             if slots != Slots(keep=slots.keep):
                 plan[name] = slots
@@ -211,9 +228,11 @@ def _wants(rule: Rule) -> bool:
 def _unused(model: nn.Module, rule: Rule, index: int, names: Iterable[str]) -> None:
     if rule.address:
         raise RuleError(f"rule {index + 1}: {inner.lacking(model, rule.where)}")
+    if rule.rows:
+        there = ", ".join(sorted(fused.sliceable(model))[:3]) or "none in this model"
+        raise RuleError(f"rule {index + 1} ({rule.where!r}) matches no matrix whose rows have addresses; matrices with [q], [k] and [v]: {there}")
     names = [name for name in names if name]
-    glob = rule.where.partition(":")[0]
-    close = nearest(glob, names) or sorted({name.split(".")[-1] for name in names})[:5]
+    close = nearest(rule.glob, names) or sorted({name.split(".")[-1] for name in names})[:5]
     raise RuleError(f"rule {index + 1} ({rule.where!r}) matches no {'layer' if _wants(rule) else 'module'}.\n  nearest names: {', '.join(close)}\n"
                     f"  roles: {', '.join(Role)}\n"
                     "  A rule that matches nothing would leave tensors in full precision unseen; take it out or mend the name.")
@@ -232,7 +251,7 @@ def _fitted(model: nn.Module, plan: dict[str, Slots], target: str) -> dict[str, 
         weight: Any = model.get_submodule(name).weight
         shape = tuple(weight.T.shape if reachable(model)[name] is QTransposed else weight.shape)
         try:
-            out[name] = slots.but(weight=form.fit(slots.weight, kind, shape))
+            out[name] = slots.but(weight=fused.fit(slots.weight, shape, lambda quant, part: form.fit(quant, kind, part)))
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from None
     return out
