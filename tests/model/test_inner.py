@@ -1,5 +1,6 @@
 """Quantizers inside attention: by rules, through calibration, describe, pack, save and load; and a decoder stays causal with them."""
 
+import contextlib
 import copy
 import json
 
@@ -17,12 +18,12 @@ from qatlas.core.quantizer import Quant
 from qatlas.core.scale import AbsMax, Learned
 from qatlas.core.scheme import scheme, weight
 from qatlas.layers.attention import QUANTIZED, attached
-from qatlas.model import inner
+from qatlas.model import inner, signals
 from qatlas.model.coverage import describe
 from qatlas.model.pack import checkpoint, load_into, load_packed, pack, save
 from qatlas.model.roles import Role
 from qatlas.model.rules import Rule, keep_full, quantize, quantizers
-from qatlas.model.taps import override, read
+from qatlas.model.taps import override, read, stop_gradient
 from qatlas.train.calibrate import calibrate
 
 IDS = torch.arange(24).view(2, 12) * 7 % 60 + 1
@@ -207,3 +208,57 @@ def test_one_fresh_scale_a_tensor_is_the_known_exception_to_law_12():
     later = IDS.clone()
     later[:, 8:] = 5
     assert not torch.equal(model(later).logits[:, :8], model(IDS).logits[:, :8])
+
+
+ALL = {"embeddings", "ffn", "q", "k", "v", "o"}
+TABLE = {                                                          # mode -> what is overridden, where gradients stop, what the loss reaches
+    "none": (None, "", ALL),
+    "TI-M": ("probabilities", "qk", ALL - {"q", "k"}),
+    "TI-C": ("context", "qkv", ALL - {"q", "k", "v"}),
+    "TI-O": ("projected", "qkv", ALL - {"q", "k", "v", "o"}),
+}
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "vit"])
+@pytest.mark.parametrize("mode", TABLE)
+def test_the_gradient_table_of_teacher_intervention(kind, mode):
+    """Sheet teacher-intervention, 3.3: with the teacher inside, query and key hear the scores of their own layer alone, and what stands before the
+    intervention hears nothing of the model's loss."""
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    build = {"bert": lambda: BertModel(BertConfig(**size, vocab_size=64)), "llama": llama,
+             "vit": lambda: ViT(ViTConfig(**size, image_size=16, patch_size=4))}[kind]
+    torch.manual_seed(2)
+    batch = {"pixel_values": torch.randn(2, 3, 16, 16)} if kind == "vit" else {"input_ids": IDS}
+    signal, cut, heard = TABLE[mode]
+    torch.manual_seed(0)
+    teacher, student = build().eval(), build().eval()
+    quantize(student, [*inside(A8, P8), *keep_full(Role.EMBEDDING, Role.HEAD, Role.CLASSIFIER), Rule("*", weight=weight(2), input=A8)])
+    with torch.no_grad(), read(teacher, ["*:scores", *([f"*:{signal}"] if signal else [])]) as given:
+        teacher(**batch)
+    scores = {address: x for address, x in given.items() if address.endswith(":scores")}
+    part = {"q": "query_input", "k": "key_input", "v": "value_input"}
+    around = signals.attentions(student)
+    with read(student, "*:scores") as own, contextlib.ExitStack() as stack:
+        if signal:
+            stack.enter_context(override(student, {a: x for a, x in given.items() if a not in scores}))
+            stack.enter_context(stop_gradient(student, [f"*:{part[p]}" for p in cut]))
+        out = student(**batch)[0]
+    groups = {which: [f"{name}.weight" for one in around.values() for name in names(one)] for which, names in
+              {"q": lambda o: o.parts[:1], "k": lambda o: o.parts[1:2], "v": lambda o: o.parts[2:], "o": lambda o: [o.out]}.items()}
+    taken = {name for names in groups.values() for name in names}
+    groups["embeddings"] = [n for n, _ in student.named_parameters() if "embed" in n and n.endswith(("weight", "embeddings"))][:1]
+    groups["ffn"] = [n for n, p in student.named_parameters() if n not in taken and tuple(p.shape) in {(48, 32), (32, 48)}]
+    weights = dict(student.named_parameters())
+
+    def slopes(loss, names):
+        return torch.autograd.grad(loss, [weights[n] for n in names], retain_graph=True, allow_unused=True)
+
+    for which, names in groups.items():
+        assert names and all((g is not None) == (which in heard) for g in slopes(out.square().sum(), names)), (mode, which)
+    for index, (address, theirs) in enumerate(scores.items()):
+        loss = (own[address].clamp(min=-100) - theirs.clamp(min=-100)).square().mean()
+        for which in "qk":
+            mine = [g is not None and bool(g.any()) for g in slopes(loss, groups[which])]
+            assert mine[index] and not any(mine[index + 1:]) and (not signal or sum(mine) == 1), "own layer alone"
+        lower = slopes(loss, [*groups["embeddings"], *groups["ffn"]])
+        assert all(g is None or not g.any() for g in lower) == bool(signal)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -131,7 +132,12 @@ def attached(module: nn.Module) -> dict[str, Quantizer]:
 
 def attends(module: nn.Module) -> bool:
     """Whether a module's forward goes through transformers' AttentionInterface."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return _goes(type(module).forward)
+
+
+@lru_cache
+def _goes(forward: Callable[..., Any]) -> bool:
+    code = getattr(inspect.unwrap(forward), "__code__", None)
     return code is not None and CALLS in code.co_names
 
 

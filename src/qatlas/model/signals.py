@@ -85,7 +85,19 @@ def matches(glob: str, name: str, role: Iterable[str] = ()) -> bool:
     return glob in role if glob.startswith("@") else fnmatch.fnmatchcase(name, glob)
 
 
-def find(model: nn.Module, address: str) -> list[Spot]:
+class Survey(NamedTuple):
+    """What there is to find in a model; made once for many addresses."""
+
+    names: dict[str, nn.Module]
+    around: dict[str, Attention]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Survey:
+        """Look at the model."""
+        return cls(dict(model.named_modules()), attentions(model))
+
+
+def find(model: nn.Module, address: str, survey: Survey | None = None) -> list[Spot]:
     """The signals that an address reaches, in the order of the model's modules.
 
     Raises:
@@ -97,8 +109,9 @@ def find(model: nn.Module, address: str) -> list[Spot]:
     if signal not in ALL:
         close = nearest(signal, ALL) or ["none is close"]
         raise RuleError(f"{address!r}: there is no signal {signal}, nearest: {', '.join(close)}; all: {', '.join(ALL)}")
-    role, names, around = roles(model), dict(model.named_modules()), attentions(model)
-    matched = [name for name in names if matches(glob, name, role.get(name, ()))]
+    names, around = survey or Survey.of(model)
+    role = roles(model) if glob.startswith("@") else {}
+    matched = [glob] if glob in names else [name for name in names if matches(glob, name, role.get(name, ()))]
     if not matched:
         close = nearest(glob, [n for n in names if n], SHOWN) or sorted({n.split(".")[-1] for n in names if n})[:SHOWN]
         raise RuleError(f"{address!r} matches no module.\n  nearest names: {', '.join(close)}\n  modules with attention: "

@@ -190,7 +190,8 @@ def read(model: nn.Module, addresses: str | Iterable[str], every: bool = False) 
             return x
         return act
 
-    spots = {address: signals.find(model, address) for address in _list(addresses)}
+    survey = signals.Survey.of(model)
+    spots = {address: signals.find(model, address, survey) for address in _list(addresses)}
     seen: set[str] = set()
     patterns: dict[str, list[tuple[Spot, Tap]]] = {}
     for pattern, many in spots.items():                            # two globs may mean the same signal: it is read once
@@ -221,9 +222,10 @@ def override(model: nn.Module, what: Mapping[str, Tensor | Callable[[Tensor], Te
     """
     owner: dict[str, str] = {}
     patterns: dict[str, list[tuple[Spot, Tap]]] = {}
+    survey = signals.Survey.of(model)
     for pattern, value in what.items():
         patterns[pattern] = []
-        for spot in signals.find(model, pattern):
+        for spot in signals.find(model, pattern, survey):
             place = f"{spot.at}:{spot.signal}"
             if place in owner:
                 raise RuleError(f"{pattern!r} and {owner[place]!r} both override {spot.address}; name it once")
@@ -252,7 +254,9 @@ def stop_gradient(model: nn.Module, addresses: str | Iterable[str]) -> Iterator[
         RuleError: an address that reaches nothing; query_input where query, key and value are made by one matrix.
         QuantError: a module that is never called.
     """
-    with _opened(model, {a: [(spot, Tap(spot.address, STOP, Tensor.detach)) for spot in signals.find(model, a)] for a in _list(addresses)}):
+    survey = signals.Survey.of(model)
+    spots = {address: signals.find(model, address, survey) for address in _list(addresses)}
+    with _opened(model, {address: [(spot, Tap(spot.address, STOP, Tensor.detach)) for spot in many] for address, many in spots.items()}):
         yield
 
 
