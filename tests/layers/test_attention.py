@@ -70,7 +70,8 @@ def test_it_is_the_models_own_attention(kind, mode):
     model.train(mode == "train")                                   # the same dropout from the same seed
     own, ours = answered(model, batch, "eager"), answered(model, batch, attention.NAME)
     assert (own - ours).abs().max() <= 1e-6 * own.abs().max()
-    assert all(attention.AGREES in m.__dict__ for m in model.modules() if attention.attends(m))
+    switched = [m for m in model.modules() if attention.attends(m) and m.config._attn_implementation == attention.NAME]
+    assert all(attention.AGREES in m.__dict__ for m in switched)
 
 
 def test_half_precision_and_masks_of_booleans():
