@@ -1,4 +1,5 @@
-"""The command line: thin. Each command reads its flags from the signature of a function, calls it, and prints; errors for people end with code 2.
+"""The command line: what people type. Each command reads its flags from the signature of a function, calls it, and prints; errors for people end
+with code 2.
 
     qatlas demo                                      the main job on the model that ships with the package, in a few minutes
     qatlas run lsq --model DIR --data FILE --bits 4 --target gguf:q4_0 --out DIR
@@ -13,32 +14,15 @@ Every command takes --config file.yaml and prints one with --print_config; so a 
 from __future__ import annotations
 
 import inspect
-import json
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
-
-from .core.error import QatlasError, nearest, unknown
-
-SHARED = ("model", "task")                                        # what a paper's function is handed, not told by flags
-
-
-class Parser(ArgumentParser):
-    """An ArgumentParser whose complaints name what comes closest."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
-        flags = re.findall(r"--[\w.-]+", message) if "nrecognized" in message else []
-        known = [flag for action in self._actions for flag in action.option_strings]
-        for flag in flags:
-            close = nearest(flag, known)
-            message += f"\n  {flag}: " + (f"did you mean {', '.join(close)}?" if close else f"the flags are {', '.join(known)}")
-        sys.stderr.write(f"qatlas: {message}\n  {self.prog} --help shows all flags\n")
-        sys.exit(2)
+from . import table
+from .core.error import CheckpointError, FormatError, QatlasError, unknown
+from .flags import Parser, essay, first_line, run_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,9 +30,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return command(argv)
+    except SystemExit as stop:                                    # the parser's: help was shown, or a flag is wrong
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
     except QatlasError as error:
         sys.stderr.write(f"qatlas: {type(error).__name__}: {error}\n")
         return 2
+    except PermissionError as error:
+        sys.stderr.write(f"qatlas: {error.filename or ''}: no right to read or write there\n")
+        return 2
+    except BrokenPipeError:                                       # `qatlas show lsq | head`: the reader has seen enough
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
     except KeyboardInterrupt:
         sys.stderr.write("\nqatlas: interrupted; a run with --out goes on with --resume\n")
         return 130
@@ -58,13 +50,13 @@ def command(argv: list[str]) -> int:
     """Find the command and run it."""
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
-        print("commands:\n" + "\n".join(f"  {name:9} {summary(function)}" for name, function in COMMANDS.items()))
+        print("commands:\n" + "\n".join(f"  {name:9} {first_line(function)}" for name, function in COMMANDS.items()))
         print("\n  qatlas COMMAND --help teaches the rest")
         return 0
     if argv[0] in ("-V", "--version"):
-        from importlib.metadata import version
+        from .record import versions
 
-        print(version("qatlas"))
+        print(versions().get("qatlas", "a source tree, not installed"))
         return 0
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
@@ -72,34 +64,12 @@ def command(argv: list[str]) -> int:
     if name == "run":
         return _run(rest)
     function = COMMANDS[name]
-    parser = Parser(prog=f"qatlas {name}", description=inspect.cleandoc(function.__doc__ or ""), default_meta=False)
+    parser = Parser(prog=f"qatlas {name}", description=essay(function))
     parser.add_argument("--config", action="config", help="a YAML file of these flags")
     parser.add_function_arguments(function, as_positional=True)
-    return _call(function, parser, rest)
-
-
-def _call(function: Callable[..., int], parser: Parser, argv: list[str]) -> int:
-    given = parser.parse_args(argv)
+    given = parser.bare().parse_args(rest)
     given.pop("config", None)
     return function(**vars(given))
-
-
-def summary(function: Callable[..., Any]) -> str:
-    """The first line of a docstring."""
-    return (inspect.getdoc(function) or "").split("\n")[0]
-
-
-def run_parser(paper: str) -> Parser:
-    """The parser of one paper: its function's arguments, and what all papers share."""
-    from . import papers
-    from .job import Job
-
-    function = papers.paper(paper)
-    parser = Parser(prog=f"qatlas run {paper}", description=f"{summary(papers.module(paper))} {summary(function)}", default_meta=False)
-    parser.add_argument("--config", action="config", help="a YAML file of these flags")
-    parser.add_function_arguments(function, skip=set(SHARED), nested_key=None)
-    parser.add_class_arguments(Job, nested_key=None)
-    return parser
 
 
 def _run(argv: list[str]) -> int:
@@ -107,30 +77,32 @@ def _run(argv: list[str]) -> int:
     from dataclasses import fields
 
     from . import papers
-    from .job import Job, plan, run
 
     if not argv or argv[0].startswith("-"):
-        print(f"usage: qatlas run PAPER [flags]\npapers: {', '.join(papers.names())}\n  qatlas run PAPER --help shows its flags; qatlas show PAPER its essay")
+        print(f"usage: qatlas run PAPER [flags]\npapers: {', '.join(papers.names())}\n"
+              "  qatlas run PAPER --help shows its flags; qatlas show PAPER its essay")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
+    from .job import Job, plan, run
+
     parser = run_parser(argv[0])                                  # an unknown paper is refused here, with the nearest
     given = vars(parser.parse_args(argv[1:]))
     given.pop("config", None)
-    shared = {field.name: given.pop(field.name) for field in fields(Job)}
-    job = Job(**shared)
+    job = Job(**{field.name: given.pop(field.name) for field in fields(Job)})
+    quiet()
     if job.plan:
-        _print_plan(plan(argv[0], given, job))
+        table.plan(plan(argv[0], given, job))
         return 0
     outcome = run(argv[0], given, job, command=shlex.join(["qatlas", "run", *argv]), say=_say)
-    print_table(outcome.record)
-    _print_proofs(outcome.record.proofs)
+    table.scores(outcome.record)
+    table.proofs(outcome.record.proofs)
     if outcome.out is None:
         print("nothing was kept: give --out DIR to keep the model, the exports and the report")
     else:
         print(f"{outcome.out}: the model, exports, record.json and report.html")
-    return int(any(proof["passed"] is False for proof in outcome.record.proofs))
+    return _code(outcome.record.proofs)
 
 
-def demo(out: str = "demo", steps: int | None = None, seed: int = 0, threads: int = 0) -> int:
+def demo(out: str = "demo", steps: int | None = None, seed: int = 0, threads: int = 0, resume: bool = False) -> int:
     """The main job on the model that ships with the package: ternary weights, 8-bit activations, exported to llama.cpp and read back.
 
     Args:
@@ -138,25 +110,26 @@ def demo(out: str = "demo", steps: int | None = None, seed: int = 0, threads: in
         steps: optimizer steps; by default so many that two cores need less than five minutes.
         seed: of the data order.
         threads: threads of torch; 0 leaves them as they are.
+        resume: go on where a demo was stopped.
     """
     from .demo import demo as play
 
-    outcome = play(out, steps=steps, seed=seed, threads=threads, say=_say)
-    print_table(outcome.record)
-    _print_proofs(outcome.record.proofs)
+    quiet()
+    outcome = play(out, steps=steps, seed=seed, threads=threads, resume=resume, say=_say)
+    table.scores(outcome.record)
+    table.proofs(outcome.record.proofs)
     for stage, text in outcome.record.samples.items():
         print(f"\n{stage}: {text}")
     print(f"\n{out}/report.html shows all of it; {out}/exports/gguf-tq2_0/model.gguf runs in llama.cpp; "
           f"AutoModelForCausalLM.from_pretrained({out!r}) loads it after `import qatlas`")
-    return int(any(proof["passed"] is False for proof in outcome.record.proofs))
+    return _code(outcome.record.proofs)
 
 
 def list_papers() -> int:
     """List the shelf."""
     from . import papers
 
-    for name in papers.names():
-        print(f"{name:24} {summary(papers.module(name))}")
+    table.pairs({name: first_line(papers.module(name)) for name in papers.names()})
     return 0
 
 
@@ -174,27 +147,28 @@ def show(paper: str) -> int:
     return 0
 
 
-def evaluate(directory: str, data: str | None = None, length: int = 256, batch: int = 8) -> int:
+def evaluate(directory: str, data: str | None = None, length: int | None = None, batch: int = 8) -> int:
     """Judge a saved model on held-out data.
 
     Args:
         directory: of a run, or of any transformers model.
         data: a hub id, a file, or builtin:docs; by default what the run was trained on.
-        length: tokens of a window.
+        length: tokens of a window; by default those of the run, else 256.
         batch: rows of a forward.
     """
-    from .job import Job, make_task
-    from .model.load import load
+    from .job import Job, prepare
     from .record import Record
     from .train.evaluate import evaluate as judge
     from .train.run import Run
 
-    if data is None:
-        data = Record.read(directory).data
-    model, tokenizer = load(directory)
-    task = make_task(Job(model=directory, data=data, length=length, batch=batch), model, tokenizer, Run(None, progress=False))
-    for name, value in judge(model, task).items():
-        print(f"{name:12} {value:.6g}")
+    quiet()
+    ran = Record.read(directory) if data is None or (Path(directory) / "record.json").is_file() else None
+    settings = {"task": "auto", "length": 256, **{key: ran.job[key] for key in ("task", "length") if ran and key in ran.job}}
+    if length is not None:
+        settings["length"] = length
+    job = Job(model=directory, data=ran.data if ran is not None and data is None else str(data), batch=batch, **settings)
+    model, _, task = prepare(job, Run(None, progress=False))
+    table.pairs(judge(model, task))
     return 0
 
 
@@ -209,23 +183,29 @@ def generate(directory: str, prompt: str = "The with statement", tokens: int = 6
     from .job import generate as speak
     from .model.load import load
 
+    quiet()
     model, tokenizer = load(directory)
-    if tokenizer is None:
-        raise QatlasError(f"{directory} has no tokenizer; a model of images does not speak")
+    if tokenizer is None or not getattr(model, "can_generate", lambda: False)():
+        found = f"{type(model).__name__}{'' if tokenizer else ' without a tokenizer'}"
+        raise CheckpointError(f"{directory} holds a {found}; only a language model speaks")
     print(speak(model, tokenizer, prompt, tokens))
     return 0
 
 
-def export(directory: str, target: str) -> int:
+def export(directory: str, target: str | None = None) -> int:
     """Write a run's packed model in another format, from the trained codes as they are.
 
     Args:
         directory: of a run.
-        target: such as gguf:tq2_0.
+        target: such as gguf:tq2_0; must be given.
     """
-    from .job import export as write
+    from .export import targets
+    from .keep import add_export
 
-    print(write(Path(directory), target))
+    if target is None:
+        raise FormatError(f"say which: --target {', '.join(targets())}")
+    quiet()
+    print(add_export(Path(directory), target))
     return 0
 
 
@@ -237,10 +217,13 @@ def verify(directory: str, target: str | None = None) -> int:
         target: one export only, such as gguf:tq2_0; by default all there are.
     """
     from .model.verify import verify as prove
+    from .record import Record
 
-    proofs = [vars(proof) for proof in prove(directory, target)]
-    _print_proofs(proofs)
-    return int(any(proof["passed"] is False for proof in proofs))
+    quiet()
+    sums = Record.read(directory).sums if (Path(directory) / "record.json").is_file() else None
+    found = [vars(proof) for proof in prove(directory, target, sums=sums)]
+    table.proofs(found)
+    return _code(found)
 
 
 def report(directory: str, out: str | None = None) -> int:
@@ -259,49 +242,30 @@ def report(directory: str, out: str | None = None) -> int:
 
 def doctor() -> int:
     """Say what this machine has: versions, chips, extras."""
-    from .export import formats
-    from .record import machine, versions
-
-    for name, value in {**versions(), **machine(), "export formats": ", ".join(formats())}.items():
-        print(f"{name:16} {value}")
     from importlib.util import find_spec
 
-    for module, extra in (("xllamacpp", "llamacpp"), ("PIL", "vision"), ("tensorboard", "tensorboard")):
-        print(f"{module:16} {'there' if find_spec(module) else f'missing: pip install qatlas[{extra}]'}")
+    from .export import targets
+    from .record import machine, versions
+
+    extras = {module: "there" if find_spec(module) else f"missing: pip install 'qatlas[{extra}]'"
+              for module, extra in (("xllamacpp", "llamacpp"), ("PIL", "vision"), ("tensorboard", "tensorboard"))}
+    table.pairs({**versions(), **machine(), "export targets": ", ".join(targets()), **extras})
     return 0
 
 
-def print_table(record: Any) -> None:
-    """Stages, scores, sizes, seconds, as a table."""
-    from rich.console import Console
-    from rich.table import Table
+def quiet() -> None:
+    """Silence transformers' bars and warnings, which speak of steps that take no time; its downloads keep their bar."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
 
-    metric = next((m for m in ("perplexity", "accuracy", "pearson") if any(m in score for score in record.scores.values())), "loss")
-    table = Table(title=f"{record.paper} on {record.model}, {record.bits:.2f} bits a weight on average", title_justify="left")
-    for column in ("", metric, "bytes", "steps", "seconds"):
-        table.add_column(column, justify="left" if not column else "right")
-    steps = sum(len(history["loss"]) for history in record.history)
-    names = list(dict.fromkeys([*record.scores, *record.sizes]))
-    for name in names:
-        score, size = record.scores.get(name, {}).get(metric), record.sizes.get(name)
-        seconds = record.times.get("training") if name == "trained" else None
-        table.add_row(name, "" if score is None else f"{score:,.2f}" if metric == "perplexity" else f"{score:.4f}", "" if size is None else f"{size:,}",
-                      str(steps) if name == "trained" else "", "" if seconds is None else f"{seconds:.0f}")
-    Console().print(table)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if sys.stderr.isatty():
+        enable_progress_bars()
 
 
-def _print_proofs(proofs: list[dict[str, Any]]) -> None:
-    words = {True: "yes", False: "NO", None: "not made"}
-    for proof in proofs:
-        print(f"  {words[proof['passed']]:8} {proof['claim']} [{proof['reader']}]: {proof['result']}")
-
-
-def _print_plan(plan: dict[str, Any]) -> None:
-    rows = plan.pop("coverage")
-    for row in rows:
-        print(f"{row['name']:44} {row['layer']:12} {'x'.join(map(str, row['shape'])):12} {row['weight']:14} input {row['input']}")
-    for name, value in plan.items():
-        print(f"{name:16} {value / 2**20:,.0f} MiB" if name == "peak memory" else f"{name:16} {value:,.4g}" if isinstance(value, float) else f"{name:16} {value}")
+def _code(proofs: list[dict[str, Any]]) -> int:
+    return int(any(proof["passed"] is False for proof in proofs))
 
 
 def _say(line: str) -> None:

@@ -1,8 +1,8 @@
 """The demo: the main job with everything chosen, on the language model that ships with the package and the text that it was trained on.
 
-A Llama of 3.4 million parameters is judged in full precision; its layers are rounded to ternary weights and 8-bit activations, which destroys it; a short
-training with learned steps (LSQ), taught by the full-precision model, brings it back; the result is packed, exported for llama.cpp (TQ2_0), and read back
-by the readers of others. Sized for two cores and five minutes.
+A Llama of 3.4 million parameters is judged in full precision; its layers are rounded to ternary weights and 8-bit activations, which destroys it; a
+short training with learned steps (LSQ), taught by the full-precision model, brings it back; the result is packed, exported for llama.cpp (TQ2_0), and
+read back by the readers of others. Sized for two cores and five minutes.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from collections.abc import Callable
 
 from .job import Job, Outcome, run
 
-STEPS = 200
+STEPS = 240
+MODEL, DATA = "zoo:gpt", "builtin:docs"
 
 
-def demo(out: str = "demo", *, steps: int | None = None, seed: int = 0, threads: int = 0, say: Callable[[str], None] = lambda line: None) -> Outcome:
+def demo(out: str = "demo", *, steps: int | None = None, seed: int = 0, threads: int = 0, resume: bool = False,
+         say: Callable[[str], None] = lambda line: None) -> Outcome:
     """Run the demo into a new directory; see `job.run` for what comes back."""
     arguments = {"bits": 1.58, "input_bits": 8, "distil": True, "lr": 2e-3, "steps": STEPS if steps is None else steps}
-    job = Job(model="zoo:gpt", data="builtin:docs", target="gguf:tq2_0", out=out, seed=seed, threads=threads, batch=8, length=256)
-    flags = {**arguments, "model": job.model, "data": job.data, "target": job.target, "out": out, "seed": seed}
+    job = Job(model=MODEL, data=DATA, target="gguf:tq2_0", out=out, seed=seed, threads=threads, resume=resume, batch=8, length=256, watch=60)
+    flags = {**arguments, "model": job.model, "data": job.data, "target": job.target, "out": out, "seed": seed, "watch": job.watch}
     command = shlex.join(["qatlas", "run", "lsq", *(f"--{key}={value}" for key, value in flags.items())])
     return run("lsq", arguments, job, command=command, say=say)

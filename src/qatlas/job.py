@@ -2,16 +2,17 @@
 
     load -> judge in full precision -> the paper (quantize, judge, train) -> judge -> pack -> export -> read back -> report
 
-`Job` is what all papers share and no paper repeats: the model, the data, the target, the directory, the seed. A paper's own arguments are those of its
-function. `run` is what `qatlas run` and `qatlas demo` call; `plan` stops before training.
+`Job` is what all papers share and no paper repeats: the model, the data, the target, the directory, the seed. A paper's own arguments are those of
+its function. `run` is what `qatlas run` and `qatlas demo` call; `plan` stops before training. What the target cannot hold is refused before anything
+is judged or trained.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,16 +24,17 @@ import torch
 from torch import nn
 
 from . import papers
-from .core.error import DataError, RuleError, RunError, unknown
+from .core.error import CheckpointError, DataError, RuleError, RunError, unknown
 from .core.noun import from_json
+from .export import Checkpoint
 from .export import target as find_target
+from .keep import export, folder, place
 from .model.coverage import describe
-from .model.load import load
-from .model.pack import checkpoint, load_packed, pack, save
+from .model.load import load, speciality
+from .model.pack import pack
 from .model.verify import verify
 from .record import Record, Watch, weight_errors
 from .report import report
-from .train.data import text as read_text
 from .train.evaluate import evaluate
 from .train.fit import Planned
 from .train.labelled import Classification, Images
@@ -50,7 +52,7 @@ class Job:
     Args:
         model: a hub id, a directory, or zoo:gpt, zoo:vit, zoo:resnet.
         data: a hub id, a file (.txt .md .jsonl .json .csv .parquet .npz), or builtin:docs.
-        task: lm, chat, classification or image; auto takes lm where the model speaks.
+        task: lm, chat, classification or image; auto looks at the model.
         out: the directory of all that the run leaves behind.
         target: the artefact to train for and to write, such as gguf:tq2_0; none trains for the packed directory only.
         rules: a JSON file of extra rules, which stand before the paper's.
@@ -62,7 +64,7 @@ class Job:
         precision: no (fp32) or bf16, where the chip has it.
         watch: judge the model every so many steps; 0 never.
         save_every: steps between resume points; by default one a minute.
-        threads: threads of torch; 0 leaves them as they are.
+        threads: threads of torch; 0 leaves them as they are. A resumed run is bit-identical with the same number.
         tensorboard: write curves to out/tensorboard.
         plan: stop before training and print what would happen.
     """
@@ -105,22 +107,21 @@ def run(name: str, arguments: dict[str, Any], job: Job, command: str = "", say: 
     paper = papers.paper(name)
     find_target(job.target) if job.target else None               # a wrong target fails before a model is loaded
     torch.set_num_threads(job.threads) if job.threads else None
-    record = Record(name, arguments, command, job.model, job.data, target=job.target, seed=job.seed)
+    record = Record(name, arguments, command, job.model, job.data, target=job.target, seed=job.seed, job=vars(job))
     control = Run(job.out, seed=job.seed, resume=job.resume, precision=job.precision, micro=job.micro, save_every=job.save_every,
                   tensorboard=job.tensorboard)
     control.tactics = (Watch(record, job.watch),)
     torch.manual_seed(job.seed)
     with _timed(record, "load"):
         say(f"loading {job.model}")
-        model, tokenizer = load(job.model)
-        task = make_task(job, model, tokenizer, control)
+        model, tokenizer, task = prepare(job, control)
     record.fingerprint = task.fingerprint
     with _timed(record, "full precision"):
         say("judging it in full precision")
         record.scores["full precision"] = evaluate(model, task)
     record.sizes["full precision"] = 2 * sum(p.numel() for p in model.parameters())
     _sample(record, "full precision", model, tokenizer)
-    with _timed(record, "training"):
+    with _timed(record, "trained"):
         say(f"{name}: {', '.join(f'{key}={value}' for key, value in arguments.items() if value is not None)}")
         model = paper(model, task, **arguments)
     _describe(record, model, task, control)
@@ -132,7 +133,7 @@ def run(name: str, arguments: dict[str, Any], job: Job, command: str = "", say: 
 
 def _keep(record: Record, model: nn.Module, tokenizer: Any, task: Task, job: Job, control: Run, say: Callable[[str], None]) -> Outcome:
     """Pack, save, export, read back, report."""
-    with _timed(record, "pack"):
+    with _timed(record, "packed"):
         say("packing")
         model = pack(model)
         record.scores["packed"] = evaluate(model, task)
@@ -141,16 +142,18 @@ def _keep(record: Record, model: nn.Module, tokenizer: Any, task: Task, job: Job
     if out is None:
         return Outcome(model, tokenizer, record, None)
     out.mkdir(parents=True, exist_ok=True)
-    place(model, out, tokenizer)
+    written = place(model, out, tokenizer)
     record.sizes["packed"] = (out / "model.safetensors").stat().st_size
     if job.target:
-        with _timed(record, "export"):
+        with _timed(record, job.target):
             say(f"exporting to {job.target}")
-            record.sizes[job.target] = export(out, job.target, model).stat().st_size
-    if tokenizer is not None:
-        with _timed(record, "verify"):
-            say("reading back")
-            record.proofs = [vars(proof) for proof in verify(out)]
+            shutil.rmtree(folder(out, job.target), ignore_errors=True)      # of a run that was killed here; any other was refused at the start
+            written.append(export(out, job.target, model))
+            record.sizes[job.target] = written[-1].stat().st_size
+    with _timed(record, "read back"):
+        say("reading back")
+        record.proofs = [vars(proof) for proof in verify(out)]
+    record.seal(out, *written)
     record.write(out)
     report(record, out / "report.html")
     control.finish()
@@ -164,35 +167,69 @@ def plan(name: str, arguments: dict[str, Any], job: Job) -> dict[str, Any]:
         QatlasError: what would stop the run.
     """
     paper = papers.paper(name)
+    find_target(job.target) if job.target else None
+    torch.set_num_threads(job.threads) if job.threads else None
     control = Run(None, seed=job.seed, precision=job.precision, micro=job.micro)
     control.plan = True
     torch.manual_seed(job.seed)
-    model, tokenizer = load(job.model)
-    task = make_task(job, model, tokenizer, control)
+    model, _, task = prepare(job, control)
     try:
         paper(model, task, **arguments)
     except Planned as stop:
         cover = describe(model)
+        held = f"none: {job.target} holds every tensor" if job.target else "none: no target is asked for"
         return {"model": job.model, "parameters": sum(p.numel() for p in model.parameters()), "target": job.target or "the packed directory",
-                "bits": round(cover.bits, 3), "coverage": cover.table(), **stop.estimate}
+                "refusals": held, "bits": round(cover.bits, 3), "coverage": cover.table(), **stop.estimate}
     raise RunError(f"the paper {name} trains nothing, so there is nothing to plan")
 
 
-def make_task(job: Job, model: nn.Module, tokenizer: Any, control: Run) -> Task:
-    """The task of a job.
+def prepare(job: Job, control: Run) -> tuple[nn.Module, Any, Task]:
+    """The model, its tokenizer and the task of a job.
 
     Raises:
-        DataError: a task that does not exist, or that the model has no tokenizer for.
+        DataError: a task that does not exist, or that the model has no tokenizer for. CheckpointError: a model that cannot be loaded, or holds NaN.
+        FormatError: a target that does not know such a model or such a tokenizer.
     """
-    kind = job.task if job.task != "auto" else "lm" if tokenizer is not None else "image"
-    if kind not in TASKS:
-        raise DataError(unknown("task", kind, [*TASKS, "auto"]))
-    shared = {"batch": job.batch, "target": job.target, "extra_rules": read_rules(job.rules), "run": control}
+    if job.task not in (*TASKS, "auto"):
+        raise DataError(unknown("task", job.task, [*TASKS, "auto"]))
+    rules = read_rules(job.rules)
+    kind = speciality(job.model) if job.task == "auto" else job.task
+    model, tokenizer = load(job.model, "lm" if kind == "chat" else kind)
+    broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    if broken:
+        raise CheckpointError(f"{job.model} holds NaN or infinity in {len(broken)} tensors, for instance {broken[0]}; nothing can be trained from it")
+    if job.target:
+        _check_target(job.target, model, tokenizer)
     if kind == "image":
-        return Images(job.data, **shared)
+        images: Task = Images(job.data, batch=job.batch, target=job.target, extra_rules=rules, run=control)
+        _check_labels(job, model, images)
+        return model, tokenizer, images
     if tokenizer is None:
         raise DataError(f"{job.model} has no tokenizer, which the task {kind!r} needs; put tokenizer.json beside its weights")
-    return TASKS[kind](job.data, tokenizer, length=job.length, **shared)
+    task = TASKS[kind](job.data, tokenizer, length=job.length, batch=job.batch, target=job.target, extra_rules=rules, run=control)
+    _check_labels(job, model, task)
+    return model, tokenizer, task
+
+
+def _check_labels(job: Job, model: nn.Module, task: Task) -> None:
+    """Refuse labels that the model's last layer has no place for."""
+    asked, has = getattr(task, "classes", 0), getattr(getattr(model, "config", None), "num_labels", 0)
+    if asked and has and (asked > has or asked == 1 != has):
+        raise DataError(f"{job.data} has labels 0 to {asked - 1}, {job.model} answers with {has} classes; "
+                        "take a model with a head for these labels" + (", or labels that are classes" if asked == 1 else ""))
+
+
+def _check_target(target: str, model: nn.Module, tokenizer: Any) -> None:
+    """Refuse a model or a tokenizer that the target does not know; the layers' numbers are refused by `quantize`."""
+    form, kind = find_target(target)
+    if not hasattr(form, "plan"):
+        return
+    with tempfile.TemporaryDirectory() as beside:
+        tokenizer.save_pretrained(beside) if tokenizer is not None else None
+        vocabulary = Path(beside) if (Path(beside) / "tokenizer.json").is_file() else None
+        config: Any = getattr(model, "config", None)
+        known = config.to_dict() if config is not None else {}
+        form.plan(Checkpoint(known, {name: p.detach() for name, p in model.named_parameters()}, vocabulary), kind)
 
 
 def read_rules(path: str | None) -> tuple[Any, ...]:
@@ -205,36 +242,11 @@ def read_rules(path: str | None) -> tuple[Any, ...]:
         return ()
     try:
         rules = from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RuleError(f"{path} cannot be read as rules: {error}") from None
     if not isinstance(rules, tuple):
         raise RuleError(f"{path} holds no list of rules; write [{{\"is\": \"model.rules:Rule\", \"where\": \"*.q_proj\", ...}}]")
     return rules
-
-
-def place(model: nn.Module, out: Path, tokenizer: Any) -> None:
-    """Save the packed model among the other things of a run's directory, file by file, each whole or not at all."""
-    aside = out / ".model"
-    shutil.rmtree(aside, ignore_errors=True)
-    save(model, aside, tokenizer)
-    for path in sorted(aside.iterdir()):
-        os.replace(path, out / path.name)
-    aside.rmdir()
-
-
-def export(directory: Path, target: str, model: nn.Module | None = None) -> Path:
-    """Write an artefact into directory/exports/<target>/ from the packed model there.
-
-    Raises:
-        FormatError: a target that cannot hold the model, or that was written already.
-    """
-    form, kind = find_target(target)
-    model = load_packed(directory) if model is None else model
-    folder = directory / "exports" / target.replace(":", "-")
-    folder.mkdir(parents=True, exist_ok=True)
-    has_vocabulary = (directory / "tokenizer.json").is_file()
-    data = checkpoint(model, directory if has_vocabulary else None, directory.name)
-    return form.write(data, folder / f"model.{form.SUFFIX}", kind)
 
 
 @torch.no_grad()
@@ -265,8 +277,3 @@ def _timed(record: Record, stage: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     record.times[stage] = record.times.get(stage, 0.0) + time.perf_counter() - began
-
-
-def default_text(job: Job) -> str:
-    """A few held-out characters of the job's text, for prompts."""
-    return read_text(job.data).held_out[:400]

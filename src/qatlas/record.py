@@ -1,7 +1,8 @@
 """Record: what ran, so that anyone can run it again. It is a plain dataclass that goes to record.json; figures and the report see nothing else.
 
-`scores` holds the metrics of each stage by name, in the order in which they were taken: "full precision", "untrained" (quantized, before the first step),
-"trained", "packed", and one for each export and reader. `sizes` holds bytes by the same names where there are any.
+`scores` holds the metrics of each stage by name, in the order in which they were taken: "full precision", "untrained" (quantized, before the first
+step), "trained", "packed". `sizes` holds bytes by the same names where there are any, and of each export by its target. `sums` holds the sha256 of
+the files that the run wrote: a file that was changed afterwards is seen by `qatlas verify`.
 
 `Watch` is the tactic through which a run records itself: the score before the first step, and the held-out curve. It draws no random numbers and
 changes nothing: a watched run is bit-identical to an unwatched one.
@@ -27,6 +28,7 @@ from .core.error import CheckpointError
 from .model.probe import undisturbed
 from .model.rules import quantized
 from .train.evaluate import evaluate
+from .train.resume import sha256
 from .train.tactic import Loop, Tactic
 
 LIBRARIES = ("qatlas", "torch", "transformers", "accelerate", "datasets", "safetensors", "gguf", "xllamacpp", "numpy")
@@ -38,7 +40,8 @@ class Record:
 
     history: one dict of lists a fit (see train.tactic.History). curve: (step, metrics) of held-out scores along the way. coverage: rows of
     model.coverage. errors: layer -> relative error of its weight, |w - hard|^2 / |w|^2, before and after training. samples: stage -> text.
-    proofs: what was compared with what, and how it came out.
+    proofs: what was compared with what, and how it came out. job: what all papers share (see job.Job). sums: file, relative to the directory, ->
+    sha256.
     """
 
     paper: str
@@ -60,13 +63,19 @@ class Record:
     samples: dict[str, str] = field(default_factory=dict)
     proofs: list[dict[str, Any]] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
+    job: dict[str, Any] = field(default_factory=dict)
+    sums: dict[str, str] = field(default_factory=dict)
     peak_memory: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
 
+    def seal(self, out: Path, *files: Path) -> None:
+        """Note where it ran, and the sums of what was written."""
+        self.versions, self.machine, self.peak_memory = versions(), machine(), peak_memory()
+        self.sums |= {path.relative_to(out).as_posix(): sha256(path) for path in files}
+
     def write(self, out: Path) -> Path:
         """out/record.json, written aside and renamed."""
-        self.versions, self.machine, self.peak_memory = versions(), machine(), peak_memory()
         path, aside = out / "record.json", out / "record.json.part"
         aside.write_text(json.dumps(dataclasses.asdict(self), indent=1, default=str), encoding="utf-8")
         os.replace(aside, path)
@@ -124,8 +133,12 @@ class Watch(Tactic):
 @torch.no_grad()
 def weight_errors(model: nn.Module) -> dict[str, float]:
     """Layer -> |w - hard|^2 / |w|^2, for the trainable quantized layers."""
-    layers = {name: layer for name, layer in quantized(model).items() if layer.weight_quantizer is not None}
-    return {name: float((layer.weight - layer.hard()).square().sum() / layer.weight.square().sum().clamp(min=1e-30)) for name, layer in layers.items()}
+    found = {}
+    for name, layer in quantized(model).items():
+        if layer.weight_quantizer is not None:
+            off, whole = (layer.weight - layer.hard()).square().sum(), layer.weight.square().sum()
+            found[name] = float(off / whole.clamp(min=1e-30))
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -59,7 +59,7 @@ def test_equal_parts_have_one_scale_each_and_are_saved_and_loaded_bit_for_bit(tm
 
 def test_rows_that_have_no_address_are_refused():
     phi = Phi3ForCausalLM(Phi3Config(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=64, pad_token_id=0))
-    with pytest.raises(RuleError, match=r"rule 1 .*qkv_proj\[q\].*matches no matrix whose rows have addresses.*none in this model"):
+    with pytest.raises(RuleError, match=r"rule 1: .*qkv_proj\[q\].*matches no matrix whose rows have addresses.*none in this model"):
         quantize(phi, [Rule("*.qkv_proj[q]", weight=weight(4))])
     with pytest.raises(RuleError, match=r"c_atn\[q\].*with \[q\], \[k\] and \[v\]: transformer.h.0.attn.c_attn"):
         quantize(gpt2(), [Rule("*.c_atn[q]", weight=weight(4))])

@@ -28,7 +28,7 @@ def llama(layers: int = 4, steps: int = 200) -> Record:
     trained = 24.103
     return Record(
         paper="lsq", model="zoo:gpt", data="zoo:text", fingerprint="9f2c41d07be6a835", target="gguf:tq2_0", seed=1, bits=1.585,
-        arguments={"bits": 1.58, "group": 256, "lr": 1e-3, "scale_lr": None, "steps": steps, "distil": False, "warmup": 0.05},
+        arguments={"bits": 1.58, "group": 256, "lr": 1e-3, "scale_lr": 0.01, "steps": steps, "distil": False, "warmup": 0.05},
         command="qatlas run lsq --model zoo:gpt --data zoo:text --bits 1.58 --group 256 --lr 1e-3 --steps 200 --target gguf:tq2_0 --seed 1 --out x",
         rules=[{"is": "model.rules:Rule", "where": "@embedding", "weight": None}, {"is": "model.rules:Rule", "where": "*", "weight": WEIGHT}],
         coverage=coverage, scores={"full precision": score(17.052), "untrained": score(4987.3), "trained": score(trained), "packed": score(trained),

@@ -8,7 +8,7 @@ from torch import nn
 from qatlas.core.error import RuleError
 from qatlas.core.noun import from_json
 from qatlas.train.fit import fit
-from qatlas.train.optim import SGD, AdamW, only, trained
+from qatlas.train.optim import SGD, AdamW, only, set_rates, trained
 
 
 def test_groups_by_role():
@@ -68,3 +68,14 @@ def test_only_some_groups_step():
     with only(optimizer, ("norms",)):
         optimizer.step()
     assert torch.equal(model.weight, weight) and not torch.equal(model.bias, bias) and model.weight.grad is not None
+
+
+def test_a_relative_rate_follows_the_size_of_its_scale():
+    model = quantized(llama(), "w4")
+    optimizer = AdamW(1e-3, scale_share=0.01).build(model, trained(model, "*"))
+    set_rates(optimizer, 0.5)
+    shares = [group for group in optimizer.param_groups if group.get("relative")]
+    assert len(shares) == 14 and {group["role"] for group in optimizer.param_groups} == {"weights", "norms", "scales"}
+    for group in shares:
+        assert group["lr"] == pytest.approx(0.005 * float(group["params"][0].detach().abs().mean()), rel=1e-6)
+    assert all(group["lr"] == 5e-4 for group in optimizer.param_groups if not group.get("relative"))

@@ -20,7 +20,7 @@ from types import ModuleType
 from ..core.error import FormatError, unknown
 from .checkpoint import Checkpoint
 
-__all__ = ["Checkpoint", "formats", "target"]
+__all__ = ["Checkpoint", "formats", "target", "targets"]
 
 
 def formats() -> list[str]:
@@ -30,6 +30,15 @@ def formats() -> list[str]:
     True
     """
     return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__) if module.name != "checkpoint")
+
+
+def targets() -> list[str]:
+    """All targets of all formats.
+
+    >>> "gguf:q4_0" in targets()
+    True
+    """
+    return [f"{form}:{kind}" for form in formats() for kind in importlib.import_module(f"{__name__}.{form.replace('-', '_')}").TARGETS]
 
 
 def target(name: str) -> tuple[ModuleType, str]:

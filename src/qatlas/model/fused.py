@@ -43,6 +43,12 @@ def sliceable(model: nn.Module) -> set[str]:
     return found
 
 
+def lacking(model: nn.Module, where: str) -> str:
+    """Why a rule for rows reaches none."""
+    there = ", ".join(sorted(sliceable(model))[:3]) or "none in this model"
+    return f"{where!r} matches no matrix whose rows have addresses; matrices with [q], [k] and [v]: {there}"
+
+
 def spread(said: dict[str, Any], part: str) -> dict[str, Any]:
     """What a rule says of a sliceable matrix, its weight part by part."""
     if "weight" not in said:

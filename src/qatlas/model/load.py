@@ -54,6 +54,24 @@ def load(name: str | Path, task: str = "lm", **config: Any) -> tuple[nn.Module, 
     return _from(str(path), task, config, f"the directory {path}")
 
 
+def speciality(name: str | Path) -> str:
+    """What a model is for, by its configuration: lm, classification or image; lm where nothing says otherwise.
+
+    >>> speciality("zoo:gpt"), speciality("zoo:vit")
+    ('lm', 'image')
+    """
+    text = str(name)
+    if text.startswith("zoo:"):
+        return "image" if text in ("zoo:vit", "zoo:resnet") else "lm"
+    import transformers
+
+    try:
+        found = transformers.AutoConfig.from_pretrained(text).architectures or [""]
+    except Exception:                                             # what is wrong with the model `load` says in full
+        return "lm"
+    return next((task for task, auto in TASKS.items() if found[0].endswith(auto.removeprefix("AutoModel"))), "lm")
+
+
 def _zoo(name: str, config: dict[str, Any]) -> tuple[nn.Module, Any]:
     try:
         from . import zoo  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ can be run anywhere without changing what comes after it.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,9 +18,16 @@ from ..core.error import QuantError
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
-    """Run a model on a batch: keywords of a dict, or one positional input."""
+    """Run a model on a batch: keywords of a dict, or one positional input. A dict of one input goes by position where the model calls it otherwise.
+
+    >>> forward(nn.Sequential(nn.Linear(2, 3)), {"pixel_values": torch.zeros(1, 2)}).shape
+    torch.Size([1, 3])
+    """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(batch, dict):
+        takes = inspect.signature(model.forward).parameters
+        if len(batch) == 1 and not takes.keys() & batch.keys() and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+            return model(next(iter(batch.values())).to(device))
         return model(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()})
     return model(batch.to(device))
 

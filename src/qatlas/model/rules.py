@@ -180,8 +180,7 @@ def _plan(model: nn.Module, rules: Sequence[Rule]) -> tuple[dict[str, Slots], di
         said: dict[str, Any] = {}
         has = _signals(layers.get(name), modules.get(name))
         for index, rule in enumerate(rules):
-            if not rule.matches(name, role.get(name, set())) or (rule.address and rule.address not in has) \
-                    or (rule.rows and name not in parted):
+            if not (rule.matches(name, role.get(name, set())) and rule.address in ("", *has) and (not rule.rows or name in parted)):
                 continue
             if name in layers or not _wants(rule) or rule.address:
                 used.add(index)
@@ -226,13 +225,11 @@ def _wants(rule: Rule) -> bool:
 
 
 def _unused(model: nn.Module, rule: Rule, index: int, names: Iterable[str]) -> None:
-    if rule.address:
-        raise RuleError(f"rule {index + 1}: {inner.lacking(model, rule.where)}")
-    if rule.rows:
-        there = ", ".join(sorted(fused.sliceable(model))[:3]) or "none in this model"
-        raise RuleError(f"rule {index + 1} ({rule.where!r}) matches no matrix whose rows have addresses; matrices with [q], [k] and [v]: {there}")
+    if rule.address or rule.rows:
+        raise RuleError(f"rule {index + 1}: {(inner if rule.address else fused).lacking(model, rule.where)}")
     names = [name for name in names if name]
-    close = nearest(rule.glob, names) or sorted({name.split(".")[-1] for name in names})[:5]
+    leaves = sorted({name.split(".")[-1] for name in names} - {str(i) for i in range(len(names))})
+    close = nearest(rule.glob, names) or [f"*.{leaf}" for leaf in nearest(rule.glob.split(".")[-1], leaves)] or leaves[:5]
     raise RuleError(f"rule {index + 1} ({rule.where!r}) matches no {'layer' if _wants(rule) else 'module'}.\n  nearest names: {', '.join(close)}\n"
                     f"  roles: {', '.join(Role)}\n"
                     "  A rule that matches nothing would leave tensors in full precision unseen; take it out or mend the name.")
@@ -243,7 +240,7 @@ def _fitted(model: nn.Module, plan: dict[str, Slots], target: str) -> dict[str, 
     from ..export import target as find_target
 
     form, kind = find_target(target)
-    out = {}
+    out, refused = {}, {}
     for name, slots in plan.items():
         if slots.weight is None:
             out[name] = slots
@@ -253,7 +250,11 @@ def _fitted(model: nn.Module, plan: dict[str, Slots], target: str) -> dict[str, 
         try:
             out[name] = slots.but(weight=fused.fit(slots.weight, shape, lambda quant, part: form.fit(quant, kind, part)))
         except FormatError as error:
-            raise FormatError(f"{name}: {error}") from None
+            refused[name] = error
+    if refused:
+        first, more = next(iter(refused)), list(refused)[1:]
+        also = f"\n  refused as well: {len(more)} more layers ({', '.join(more[:3])}{', ...' if more[3:] else ''})" if more else ""
+        raise FormatError(f"{first}: {refused[first]}{also}") from None
     return out
 
 

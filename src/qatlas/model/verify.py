@@ -1,32 +1,36 @@
 """Verify: what was trained is what runs. Every claim of equality is a `Proof`: what was compared, by whose reader, and how it came out.
 
+    sha256               the files are those that the run wrote (where its record has their sums)
     from_pretrained      the saved directory through transformers: the same logits, bit for bit
     the format's reader  every weight of the exported file: the same values, bit for bit
     transformers         the exported file dequantized: the same logits as the trained model with its input quantizers off
     the engine           llama.cpp itself: close, not equal, since it rounds the inputs of every product in its own way (see export.gguf.llamacpp)
 
-The first three are equalities: a single bit is a failure. The last one is stated as the largest difference of a log-probability among the ten most
-probable tokens, and as the share of prompts on which both sides choose the same token.
+All but the last are equalities: a single bit is a failure. The last one is stated as the largest difference of a log-probability among the ten most
+probable tokens, and as the share of prompts on which both sides choose the same token. A file that cannot be read any more is a proof that failed.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.error import FormatError
+from ..core.error import CheckpointError, FormatError, QatlasError
 from ..core.qtensor import QTensor
 from ..export import target as find_target
 from ..layers.packed import Packed
 from .pack import checkpoint, load_packed
 
 ENGINE_TOLERANCE = 0.5                                            # of a log-probability: beyond it the file does not mean what we think
+READER = "the format's public reader"
+AUTO = {"ForSequenceClassification": "AutoModelForSequenceClassification", "ForImageClassification": "AutoModelForImageClassification"}
 
 
 @dataclass
@@ -46,82 +50,123 @@ def exports(directory: Path) -> dict[str, Path]:
     return {path.parent.name.replace("-", ":", 1): path for path in found}
 
 
-def verify(directory: str | Path, target: str | None = None, prompts: Sequence[Sequence[int]] = ()) -> list[Proof]:
+def verify(directory: str | Path, target: str | None = None, prompts: Sequence[Sequence[int]] = (),
+           sums: Mapping[str, str] | None = None) -> list[Proof]:
     """Read back what a run's directory holds, and compare it with the packed model there.
 
-    target: one export only. prompts: token ids to ask the engine about; a few fixed ones when empty.
+    target: one export only. prompts: token ids to ask a language model about; a few fixed ones when empty. sums: file -> sha256, as the run's record
+    has them.
 
     Raises:
         FormatError: an export that is not there. CheckpointError: a directory that is no model.
     """
     directory = Path(directory)
-    model = load_packed(directory)
     found = exports(directory)
     if target is not None and target not in found:
-        raise FormatError(f"{directory} holds no export {target!r}; it holds {', '.join(found) or 'none'}. Write one with: qatlas export DIR --target T")
-    ids = [list(prompt) for prompt in prompts] or _prompts(model)
-    proofs = [_reloaded(model, directory, ids)]
+        raise FormatError(f"{directory} holds no export {target!r}; it holds {', '.join(found) or 'none'}. "
+                          "Write one with: qatlas export DIR --target T")
+    proofs = [_unchanged(directory, sums)] if sums else []
+    try:
+        model = load_packed(directory)
+    except CheckpointError as error:
+        if all(proof.passed for proof in proofs):
+            raise
+        return [*proofs, Proof("the saved directory loads", "transformers from_pretrained", False, str(error))]
+    asked = _questions(model, prompts)
+    proofs.append(_reloaded(model, directory, asked))
     for name, path in found.items():
         if target in (None, name):
-            proofs += _export(model, name, path, ids)
+            proofs += _export(model, name, path, asked)
     return proofs
 
 
-def _prompts(model: Any) -> list[list[int]]:
-    """Eight fixed prompts of 16 tokens."""
-    rows = torch.randint(3, model.config.vocab_size, (8, 16), generator=torch.Generator().manual_seed(0))
-    return rows.tolist()
+def _unchanged(directory: Path, sums: Mapping[str, str]) -> Proof:
+    wrong = [name for name, value in sums.items() if not (directory / name).is_file() or _sum(directory / name) != value]
+    result = f"{len(sums)} files as written" if not wrong else f"changed or gone: {', '.join(wrong)}"
+    return Proof("the files are those that the run wrote", "sha256 in record.json", not wrong, result)
 
 
-def _reloaded(model: nn.Module, directory: Path, ids: list[list[int]]) -> Proof:
-    from transformers import AutoModelForCausalLM
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
-    again = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
-    same = torch.equal(_last(model, ids), _last(again, ids))
+
+def _questions(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Eight fixed inputs of one row each: ids (1, tokens), or pixels (1, channels, height, width) where the model sees images."""
+    if prompts:
+        return [torch.tensor([list(prompt)]) for prompt in prompts]
+    draw = torch.Generator().manual_seed(0)
+    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
+        size = getattr(model.config, "image_size", 32)
+        height, width = (size, size) if isinstance(size, int) else size
+        return [torch.randn(1, getattr(model.config, "num_channels", 3), height, width, generator=draw) for _ in range(8)]
+    low = min(3, model.config.vocab_size - 1)
+    return list(torch.randint(low, model.config.vocab_size, (8, 1, 16), generator=draw))
+
+
+def _reloaded(model: nn.Module, directory: Path, asked: list[Tensor]) -> Proof:
+    import transformers
+
+    name = type(model).__name__
+    auto = next((auto for end, auto in AUTO.items() if name.endswith(end)), "AutoModelForCausalLM")
+    again = getattr(transformers, auto).from_pretrained(directory, local_files_only=True)
+    same = torch.equal(_answers(model, asked), _answers(again, asked))
     return Proof("the saved directory computes what the packed model computes", "transformers from_pretrained", same,
-                 f"logits of {len(ids)} prompts {'equal' if same else 'differ'}")
+                 f"logits of {len(asked)} prompts {'equal' if same else 'differ'}")
 
 
-def _export(model: nn.Module, target: str, path: Path, ids: list[list[int]]) -> list[Proof]:
-    form, kind = find_target(target)
-    proofs = [_weights(model, target, form.read(path))]
-    if hasattr(form, "logits"):
+def _export(model: nn.Module, target: str, path: Path, asked: list[Tensor]) -> list[Proof]:
+    """The proofs of one exported file; where one fails the later ones would say nothing new."""
+    form, _ = find_target(target)
+    try:
+        first = _weights(model, target, form.read(path))
+    except QatlasError as error:
+        first = Proof(f"{target} holds the trained weights", READER, False, str(error))
+    proofs = [first]
+    ids = [rows[0].tolist() for rows in asked]
+    if first.passed and hasattr(form, "logits"):
         with _inputs_off(model):
-            same = torch.equal(ours := _last(model, ids), theirs := form.logits(path, ids))
-            off = float((ours - theirs).abs().max())
+            ours, theirs = _answers(model, asked), form.logits(path, ids)
+        same = torch.equal(ours, theirs)
         proofs.append(Proof(f"{target} computes what the packed weights compute, inputs unquantized", "transformers, gguf_file", same,
-                            f"logits of {len(ids)} prompts {'equal' if same else f'differ by up to {off:.1e}'}"))
-    if hasattr(form, "engine"):
-        proofs.append(_engine(model, target, path, form.engine, ids))
+                            f"logits of {len(ids)} prompts {'equal' if same else f'differ by up to {float((ours - theirs).abs().max()):.1e}'}"))
+    if first.passed and hasattr(form, "engine"):
+        proofs.append(_engine(model, target, path, form.engine, asked))
     return proofs
 
 
 def _weights(model: nn.Module, target: str, found: dict[str, Tensor]) -> Proof:
     ours = checkpoint(model).tensors
-    wrong = [name for name, t in ours.items() if name not in found or not torch.equal(t.dequantize() if isinstance(t, QTensor) else t.float(), found[name])]
+    values = {name: t.dequantize() if isinstance(t, QTensor) else t.float() for name, t in ours.items()}
+    wrong = [name for name, t in values.items() if name not in found or not torch.equal(t, found[name])]
     count = sum(isinstance(t, QTensor) for t in ours.values())
     result = f"{len(ours)} tensors ({count} quantized) equal bit for bit" if not wrong else f"{len(wrong)} tensors differ, for instance {wrong[0]}"
-    return Proof(f"{target} holds the trained weights", "the format's public reader", not wrong, result)
+    return Proof(f"{target} holds the trained weights", READER, not wrong, result)
 
 
-def _engine(model: nn.Module, target: str, path: Path, ask: Any, ids: list[list[int]]) -> Proof:
+def _engine(model: nn.Module, target: str, path: Path, ask: Any, asked: list[Tensor]) -> Proof:
     claim, reader = f"{target} runs, and says what the trained model says", "llama.cpp (xllamacpp)"
-    answers = ask(path, ids)
+    tolerance = f"{ENGINE_TOLERANCE}: the engine rounds the inputs of every product to 8 bits in blocks of its own"
+    try:
+        answers = ask(path, [rows[0].tolist() for rows in asked])
+    except QatlasError as error:
+        return Proof(claim, reader, False, str(error), tolerance)
     if isinstance(answers, str):
         return Proof(claim, reader, None, answers, "")
-    ours = _last(model, ids).log_softmax(-1)                      # (prompts, vocabulary)
+    ours = _answers(model, asked).log_softmax(-1)                 # (prompts, vocabulary)
     off, same = 0.0, 0
     for row, top in zip(ours, answers, strict=True):
         off = max(off, *(abs(float(row[token]) - value) for token, value in top.items()))
         same += int(row.argmax()) == max(top, key=top.__getitem__)
-    return Proof(claim, reader, off <= ENGINE_TOLERANCE, f"top-10 log-probabilities within {off:.3f}; the same first token on {same} of {len(ids)} prompts",
-                 f"{ENGINE_TOLERANCE}: the engine rounds the inputs of every product to 8 bits in blocks of its own")
+    result = f"top-10 log-probabilities within {off:.3f}; the same first token on {same} of {len(asked)} prompts"
+    return Proof(claim, reader, off <= ENGINE_TOLERANCE, result, tolerance)
 
 
 @torch.no_grad()
-def _last(model: Any, ids: list[list[int]]) -> Tensor:
-    """(prompts, vocabulary): logits after each prompt, prompt by prompt."""
-    return torch.cat([model(torch.tensor([prompt])).logits[:, -1].float() for prompt in ids])
+def _answers(model: Any, asked: list[Tensor]) -> Tensor:
+    """(prompts, vocabulary or classes): logits after each prompt, prompt by prompt."""
+    found = [model(**{getattr(model, "main_input_name", "input_ids"): rows}).logits.float() for rows in asked]
+    return torch.cat([logits[:, -1] if logits.dim() == 3 else logits for logits in found])
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
-"""The shelf: one file a paper. Each has an essay, its atom if it has one, and one function with the file's name, whose arguments are its configuration.
+"""The shelf: one file a paper. Each has an essay, its atom if it has one, and one function with the file's name, whose arguments are its
+configuration.
 
 There is no registry: what is listed is what lies in this folder.
 """

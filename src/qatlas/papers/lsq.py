@@ -9,16 +9,17 @@ The step of the grid is a parameter like any other, and it hears how far the val
     dx = g inside the clip range, else 0
     ds = gamma * sum g * (round(u) - u inside; -Qn below; Qp above),      u = x / s, gamma = 1 / sqrt(N * Qp)
 
-N is the number of weights that share a step; for an activation, the features of one token or pixel, so that the step's learning rate does not depend on
-the batch. A step starts at 2 mean|x| / sqrt(Qp): weights from themselves, activations from a calibration batch (not from the first training batch, so
-that several processes start alike and a resumed run does not start again).
+N is the number of weights that share a step; for an activation, the features of one token or pixel, so that the step's learning rate does not
+depend on the batch. A step starts at 2 mean|x| / sqrt(Qp): weights from themselves, activations from a calibration batch (not from the first training
+batch, so that several processes start alike and a resumed run does not start again).
 
 Otherwise than the paper: AdamW and a cosine in place of SGD, since our models are transformers. With Adam gamma is divided away, so what counts is
-`scale_lr`; weight decay never reaches a step. Activations are quantized per token with a fresh absmax step in language models, where one learned step
-for all tokens would let later tokens move earlier ones (`static=True` learns one step a tensor as in the paper; encoders and vision). Embeddings, head
-and classifier stay in full precision unless a rule says otherwise; the paper puts first and last layer at 8 bits. 1.58 bits is LSQ on -1, 0, 1 with the
-step started from mean|w|. With `distil` the loss is the divergence from the full-precision model's logits in place of the labels' cross entropy (the
-paper reports a gain from distillation in its section 3.7).
+`scale_lr`, which is a share of each step's own size (the step of 8 bits is a hundredth of its weights, and Adam with their rate would lose it);
+weight decay never reaches a step. Activations are quantized per token with a fresh absmax step in language models, which follows their
+outliers (`static=True` learns one step a tensor as in the paper; encoders and vision). Embeddings, head and classifier stay in full precision unless
+a rule says otherwise; the paper puts first and last layer at 8 bits. 1.58 bits is LSQ on -1, 0, 1 with the step started from mean|w|. With `distil`
+the loss is the divergence from the full-precision model's logits in place of the labels' cross entropy (the paper reports a gain from distillation
+in its section 3.7).
 
 Numbers of ours: docs/results.md#lsq.
 """
@@ -43,7 +44,7 @@ from ..train.teacher import Distil, Teacher
 
 
 def lsq(model: nn.Module, task: Task, *, bits: float = 4, input_bits: int | None = None, group: int | None = None, static: bool = False,
-        distil: bool = False, lr: float = 3e-4, scale_lr: float | None = None, weight_decay: float = 0.0, warmup: float = 0.05,
+        distil: bool = False, lr: float = 3e-4, scale_lr: float = 0.01, weight_decay: float = 0.0, warmup: float = 0.05,
         steps: int = 400) -> nn.Module:
     """Fine-tune all weights and their steps.
 
@@ -54,7 +55,7 @@ def lsq(model: nn.Module, task: Task, *, bits: float = 4, input_bits: int | None
         static: learn one step for each input tensor (encoders, vision) in place of a fresh one for each token.
         distil: learn from the full-precision model's logits in place of the labels.
         lr: peak learning rate of the weights.
-        scale_lr: peak learning rate of the steps; None is lr / 10.
+        scale_lr: peak learning rate of the steps, as a share of each step's own size.
         weight_decay: of matrices only.
         warmup: share of the steps that warm up; a cosine to zero follows.
         steps: optimizer steps.
@@ -68,7 +69,7 @@ def lsq(model: nn.Module, task: Task, *, bits: float = 4, input_bits: int | None
     inputs = None if input_bits is None else of_input(input_bits, static)
     quantize(model, [*keep_full(Role.EMBEDDING, Role.HEAD, Role.CLASSIFIER), Rule("*", weight=weight, input=inputs)], task)
     describe(model, task.probe()).check()
-    fit(model, task, optimizer=AdamW(lr=lr, weight_decay=weight_decay, scale_lr=lr / 10 if scale_lr is None else scale_lr),
+    fit(model, task, optimizer=AdamW(lr=lr, weight_decay=weight_decay, scale_share=scale_lr),
         schedule=cosine(warmup), steps=steps, loss=Distil(task, teacher) if teacher is not None else None)
     return model
 

@@ -3,7 +3,7 @@
 Each step is a thin line, an average over a 25th of the run a thick one. The held-out curve runs from the untrained score to the trained one, in nats
 where less is better; full precision and untrained are dashed levels. A training loss on another scale than the held-out score (a distance from a
 teacher; an accuracy) gets a panel of its own, since one axis would compare what cannot be compared: the two share an axis when the first training
-loss is within a factor of two of the untrained model's. Several fits stand in a row, a dotted line between them.
+loss is within a factor of two of the untrained model's, and the last one of the trained model's. Several fits stand in a row, a dotted line between them.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def _together(record: Record) -> bool:
     metric, losses, untrained = headline(record), steps(record)[0], finite(nats(record.scores.get(UNTRAINED) or {}))
     if metric is None or not metric.lower or not _any(losses) or not held_out(record)[0]:
         return False
-    share = ratio(losses[0], untrained)
-    return untrained is None or (share is not None and 0.5 < share < 2)
+    shares = [ratio(losses[0], untrained), ratio(losses[-1], finite(nats(record.scores.get("trained") or {})))]
+    return all(share is not None and 0.5 < share < 2 for share in shares if share is not None or untrained is not None)
 
 
 def _losses(ax: Axes, losses: list[float]) -> None:
@@ -109,7 +109,7 @@ def _rates(ax: Axes, rates: list[float]) -> None:
     ax.plot(*_thin(rates), color=LIGHT["muted"], linewidth=1.1)
     ax.set_ylabel("lr")
     ax.set_ylim(0, peak * 1.15)
-    ax.set_yticks([0, peak], ["0", f"{peak:g}" if peak >= 1e-3 else number(peak)])
+    ax.set_yticks([0, peak], ["0", f"{peak:.3g}" if peak >= 1e-3 else number(peak)])
 
 
 def steps(record: Record) -> tuple[list[float], list[float], list[int]]:

@@ -80,7 +80,8 @@ def _clean(value: Any) -> Any:
 
 
 def _title(record: Record) -> list[str]:
-    bits = f"{number(round(record.bits, 3))} bits" if finite(record.bits) else ""
+    asked, mean = record.arguments.get("bits"), f"{number(round(record.bits, 2))} bits a weight" if finite(record.bits) else ""
+    bits = f"{asked} bits ({mean} with all that stays full)" if asked is not None and mean else mean
     return [plain(part, 80) for part in (record.paper, record.model, bits, record.target) if part]
 
 

@@ -25,7 +25,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from ..core.error import RunError
-from .optim import AdamW, Optimizer, only, trained
+from .optim import AdamW, Optimizer, only, set_rates, trained
 from .point import point_of
 from .resume import Phase, Point, described, fingerprint, load_optimizer, load_random, load_state, random_state
 from .run import Run, agreed, bar, check_precision
@@ -132,9 +132,7 @@ def _steps(loop: Loop, run: Run, phase: Phase, schedule: Callable[[float], float
     with bar("fit", loop.steps, run.progress and accelerator.is_main_process, loop.step) as advance:
         for step in range(loop.step, loop.steps):
             loop.step, began = step, time.perf_counter()
-            factor = schedule(loop.progress)
-            for group in loop.optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
+            set_rates(loop.optimizer, schedule(loop.progress))
             loop.batch = moved(loop.task.batch(step), accelerator.device)
             value, norm = _step(loop, wrapped, run, objective, tactics, clip)
             rate, items = loop.optimizer.param_groups[0]["lr"], loop.task.weight(loop.batch)

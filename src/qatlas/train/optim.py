@@ -28,15 +28,18 @@ ROLES = ("weights", "norms", "scales")
 
 @dataclass(frozen=True)
 class Optimizer(Noun):
-    """What optimizers share: lr, decay of weights, and scale_lr, the learning rate of scales (None: lr)."""
+    """What optimizers share: lr, decay of weights, and the learning rate of scales, one of
+    scale_lr (None: lr), or scale_share, in units of each scale's own mean size at that step. Adam moves every number by its learning rate, however
+    small the number is: the step of an 8-bit grid is a hundredth of its weights, and with their rate it would be lost within a few steps."""
 
     lr: float = 1e-4
     weight_decay: float = 0.0
     scale_lr: float | None = None
+    scale_share: float | None = None
 
     def build(self, model: nn.Module, names: Mapping[nn.Parameter, str]) -> torch.optim.Optimizer:
         """A torch optimizer over `names` (parameter -> name, see `trained`), groups with `role` and `base_lr`."""
-        return self.make(groups(model, names, self.lr, self.weight_decay, self.scale_lr))
+        return self.make(groups(model, names, self.lr, self.weight_decay, self.scale_lr, self.scale_share))
 
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The torch optimizer over finished groups."""
@@ -96,17 +99,27 @@ def role(model: nn.Module, name: str, parameter: nn.Parameter) -> str:
 
 
 def groups(model: nn.Module, names: Mapping[nn.Parameter, str], lr: float, weight_decay: float,
-           scale_lr: float | None = None) -> list[dict[str, Any]]:
-    """Parameter groups by role, in the order of ROLES; empty ones are left out."""
+           scale_lr: float | None = None, scale_share: float | None = None) -> list[dict[str, Any]]:
+    """Parameter groups by role, in the order of ROLES; empty ones are left out. With scale_share each scale is a group of its own, marked `relative`."""
     members: dict[str, list[nn.Parameter]] = {name: [] for name in ROLES}
     for parameter, name in names.items():
         members[role(model, name, parameter)].append(parameter)
     rate = {"weights": lr, "norms": lr, "scales": lr if scale_lr is None else scale_lr}
     decay = {"weights": weight_decay, "norms": 0.0, "scales": 0.0}
+    shares = [{"params": [p], "role": "scales", "lr": scale_share, "base_lr": scale_share, "weight_decay": 0.0, "relative": True}
+              for p in (members.pop("scales") if scale_share is not None else ())]
     return [
         {"params": found, "role": kind, "lr": rate[kind], "base_lr": rate[kind], "weight_decay": decay[kind]}
         for kind, found in members.items() if found
-    ]
+    ] + shares
+
+
+@torch.no_grad()
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """The learning rates of a step: each group's own times the schedule's factor; a relative one times the mean size of its scale."""
+    for group in optimizer.param_groups:
+        size = float(group["params"][0].abs().mean()) if group.get("relative") else 1.0
+        group["lr"] = group["base_lr"] * factor * size
 
 
 @contextmanager

@@ -239,14 +239,17 @@ def _bytes(value: Any) -> Tensor:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of the model's names, shapes and values, in hex. Of a large tensor a fixed sample counts; of quantizers only names and shapes, since
-    their starts are measured and may differ in the last bit between machines.
+    """A hash of the model's names, shapes and values, in hex. Of a large tensor a fixed sample counts; of quantizers what they are, names and
+    shapes, since their starts are measured and may differ in the last bit between machines.
 
     >>> fingerprint(nn.Linear(2, 2)) == fingerprint(nn.Linear(2, 2))
     False
     """
     found = hashlib.sha256()
-    soft = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, Quantizer))
+    quantizers = {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
+    soft = tuple(f"{name}." for name in quantizers)
+    for name, quantizer in quantizers.items():
+        found.update(f"{name} {quantizer.quant}".encode())
     for name, t in state_of(model).items():
         found.update(f"{name} {tuple(t.shape)}".encode())
         if not (soft and name.startswith(soft)):

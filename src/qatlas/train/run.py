@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from .tactic import History, Tactic
 
-LEFT = ("state", "record.json", "model.safetensors", "report.html", "exports")    # what tells that a directory holds a run
+LEFT = ("state", "record.json", "model*.safetensors", "config.json", "tokenizer.json", "report.html", "exports")     # a run, or another model
 PRECISIONS = ("no", "bf16")
 
 
@@ -59,6 +59,8 @@ class Run:
                 raise RunError(f"{name}={value}: give a positive number, or None")
         if tensorboard and out is None:
             raise RunError("tensorboard curves need an output directory: give out=")
+        if resume and out is None:
+            raise RunError("there is nothing to resume without a directory: give out= (--out), where the run was")
         if self.out is not None:
             self._claim(self.out)
 
@@ -72,15 +74,18 @@ class Run:
     def finish(self) -> None:
         """The run ended well and its results are saved: remove the resume points."""
         if self.out is not None and (self.out / "state").is_dir():
-            shutil.rmtree(self.out / "state")
+            gone = self.out / ".state"
+            shutil.rmtree(gone, ignore_errors=True)
+            (self.out / "state").rename(gone)                     # at one stroke: half a state would look like a broken one
+            shutil.rmtree(gone)
 
     def _claim(self, out: Path) -> None:
         if out.exists() and not out.is_dir():
             raise RunError(f"{out} is a file; give a directory")
-        found = [name for name in LEFT if (out / name).exists()]
+        found = sorted({path.name for name in LEFT for path in out.glob(name)})
         if found and not self.resume:
             advice = "continue it with resume=True (--resume), or " if "state" in found else ""
-            raise RunError(f"{out} holds another run ({', '.join(found)}); {advice}give another output directory. Nothing was overwritten")
+            raise RunError(f"{out} holds another run or model ({', '.join(found)}); {advice}give another output directory. Nothing was overwritten")
         if self.resume and found and "state" not in found:
             raise RunError(f"{out} holds a run that ended ({', '.join(found)}): there is nothing to resume. Give another output directory")
 

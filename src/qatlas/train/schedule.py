@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..core.error import RunError
 from ..core.noun import Noun
 
 
@@ -22,6 +23,10 @@ class Schedule(Noun):
 
     warmup: float = 0.0
     end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup <= 1:
+            raise RunError(f"warmup={self.warmup}: a part of the run, from 0 to 1")
 
     def __call__(self, progress: float) -> float:
         if progress < self.warmup:

@@ -35,11 +35,13 @@ def plan(checkpoint: Checkpoint, target: str) -> dict[str, str]:
     """The GGUF name of each tensor to write -> its type there: "F32", "F16" or the target's block.
 
     Raises:
-        FormatError: a tensor that is missing, that the architecture does not have, or that the target cannot hold.
+        FormatError: a tensor that is missing, that the architecture does not have, or that the target cannot hold; a tokenizer that llama.cpp
+            cannot be told.
     """
     if target not in FILE_TYPES:
         raise FormatError(unknown("target", f"gguf:{target}", [f"gguf:{known}" for known in FILE_TYPES]))
     llama.numbers(checkpoint.config)
+    vocabulary(checkpoint)
     names = _names(checkpoint)
     missing, extra = llama.expected(checkpoint.config, set(names))
     if missing or extra:

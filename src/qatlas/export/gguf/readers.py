@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 
 import torch
@@ -16,7 +18,8 @@ def logits(path: str | Path, prompts: list[list[int]]) -> Tensor:
     from transformers import AutoModelForCausalLM
 
     path = Path(path)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True)
+    with contextlib.redirect_stderr(io.StringIO()):               # transformers draws a bar here that no setting of its own turns off
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True)
     return torch.cat([model(torch.tensor([prompt])).logits[:, -1] for prompt in prompts])
 
 

@@ -18,7 +18,7 @@ def resnet(classes: int = 10, seed: int = 0) -> ResNetForImageClassification:
     >>> tuple(resnet(classes=7)(torch.zeros(2, 3, 32, 32)).logits.shape)
     (2, 7)
     """
-    config = ResNetConfig(embedding_size=32, hidden_sizes=[32, 64, 128], depths=[2, 1, 1], layer_type="basic", num_labels=classes)
+    config = ResNetConfig(embedding_size=32, hidden_sizes=[32, 64, 128], depths=[2, 1, 1], layer_type="basic", num_labels=classes)  # type: ignore[call-arg]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return ResNetForImageClassification(config).eval()

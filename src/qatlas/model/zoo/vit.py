@@ -21,7 +21,7 @@ def vit(classes: int = 10, image: int = 32, seed: int = 0) -> ViTForImageClassif
     if image < 4 or image % 4:
         raise ValueError(f"an image of {image} x {image} pixels is not tiled by patches of 4; use a multiple of 4")
     config = ViTConfig(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=384, image_size=image, patch_size=4,
-                       num_labels=classes)
+                       num_labels=classes)  # type: ignore[call-arg]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return ViTForImageClassification(config).eval()

@@ -1,0 +1,67 @@
+"""What the command line prints: scores, proofs and plans as plain tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .record import Record
+
+METRICS = ("perplexity", "accuracy", "pearson")
+SAID = {"untrained": "rounded, untrained"}                        # stage -> how people are told
+MADE = {True: "yes", False: "NO", None: "not made"}
+
+
+def scores(record: Record) -> None:
+    """Stages with their score, bytes, steps and seconds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    metric = next((m for m in METRICS if any(m in score for score in record.scores.values())), "loss")
+    title = f"{record.paper} on {record.model}, {record.bits:.2f} bits a weight on average"
+    spent = f"{sum(record.times.values()):,.0f} seconds in all"
+    caption = f"{spent}, at most {record.peak_memory / 2**20:,.0f} MiB of memory" if record.peak_memory else spent
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for column in ("", metric, "bytes", "steps", "seconds"):
+        table.add_column(column, justify="right" if column else "left")
+    steps = sum(len(history["loss"]) for history in record.history)
+    for stage in dict.fromkeys([*record.scores, *record.sizes]):
+        score, size, seconds = record.scores.get(stage, {}).get(metric), record.sizes.get(stage), record.times.get(stage)
+        table.add_row(SAID.get(stage, stage), _number(score, metric), "" if size is None else f"{size:,}", str(steps) if stage == "trained" else "",
+                      "" if seconds is None else f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}")
+    Console().print(table)
+
+
+def _number(score: float | None, metric: str) -> str:
+    if score is None:
+        return ""
+    return f"{score:,.2f}" if metric == "perplexity" and score < 1e6 else f"{score:.4g}"
+
+
+def proofs(found: list[dict[str, Any]]) -> None:
+    """One line a proof."""
+    for proof in found:
+        print(f"  {MADE[proof['passed']]:8} {proof['claim']} [{proof['reader']}]: {proof['result']}")
+
+
+def plan(found: dict[str, Any]) -> None:
+    """The coverage, one line a matrix, then what the run would cost."""
+    rows = found["coverage"]
+    wide = max((len(row["name"]) for row in rows), default=0)
+    for row in rows:
+        print(f"{row['name']:{wide}}  {row['layer']:12} {'x'.join(map(str, row['shape'])):12} {row['weight']:14} input {row['input']}")
+    for name, value in found.items():
+        if name != "coverage":
+            print(f"{name:16} {_said(name, value)}")
+
+
+def _said(name: str, value: Any) -> str:
+    if name == "peak memory":
+        return f"{value / 2**20:,.0f} MiB"
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def pairs(found: dict[str, Any]) -> None:
+    """Names and values."""
+    for name, value in found.items():
+        print(f"{name:16} {value:.6g}" if isinstance(value, float) else f"{name:16} {value}")

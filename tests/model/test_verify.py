@@ -1,0 +1,127 @@
+"""Proofs: they pass for what was written, and fail for one bit that is not."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qatlas.core.error import CheckpointError, FormatError
+from qatlas.export import target
+from qatlas.model import verify as module
+from qatlas.model.pack import checkpoint, pack, save
+from qatlas.model.rules import quantize
+from qatlas.model.verify import exports, verify
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, llama_dir):
+    """A packed Llama with an export, as a run would leave it; not trained."""
+    from qatlas.model.load import load
+
+    out = tmp_path_factory.mktemp("verify") / "out"
+    model, tokenizer = load(llama_dir)
+    quantize(model, "w4a8-g32", SimpleNamespace(extra_rules=(), target="gguf:q4_0"))
+    save(pack(model), out, tokenizer)
+    target("gguf:q4_0")[0].write(checkpoint(model, out, "tiny"), out / "exports/gguf-q4_0/model.gguf", "q4_0")
+    return out
+
+
+@pytest.fixture
+def copied(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "copy")
+
+
+def flip(path, at):
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(bytes(raw))
+
+
+def test_exports_are_found_by_their_folder(written, tmp_path):
+    assert exports(written) == {"gguf:q4_0": written / "exports/gguf-q4_0/model.gguf"}
+    assert exports(tmp_path) == {}
+
+
+def test_every_proof_passes_for_what_was_written(written):
+    proofs = verify(written, sums={"config.json": module._sum(written / "config.json")})
+    assert [proof.reader for proof in proofs] == ["sha256 in record.json", "transformers from_pretrained", "the format's public reader",
+                                                  "transformers, gguf_file", "llama.cpp (xllamacpp)"]
+    assert all(proof.passed for proof in proofs[:4]), proofs
+    assert proofs[4].passed is (True if find_spec("xllamacpp") else None), proofs[4]
+    assert "21 tensors (14 quantized)" in proofs[2].result and "8 bits" in proofs[4].tolerance
+
+
+def test_input_quantizers_are_on_again_afterwards(written):
+    """The file holds no input quantizers, so its logits are compared without; the model itself is compared with them."""
+    from qatlas.model.pack import load_packed
+
+    model = load_packed(written)
+    ids = module._questions(model, ())
+    on = module._answers(model, ids)
+    with module._inputs_off(model):
+        off = module._answers(model, ids)
+    assert not torch.equal(on, off) and torch.equal(on, module._answers(model, ids))
+
+
+def test_prompts_of_ones_own(written, monkeypatch):
+    monkeypatch.setattr("qatlas.export.gguf.readers.available", lambda: False)
+    proofs = verify(written, prompts=[[1, 2, 3], [4, 5]])
+    assert "logits of 2 prompts equal" in proofs[0].result
+    assert proofs[-1].passed is None and "qatlas[llamacpp]" in proofs[-1].result
+
+
+@pytest.mark.parametrize("at", [-1, 0, 8])
+def test_a_flipped_bit_in_the_export(copied, at):
+    flip(copied / "exports/gguf-q4_0/model.gguf", at)
+    proofs = verify(copied)
+    assert [proof.passed for proof in proofs] == [True, False], "later proofs would say nothing new"
+    assert proofs[1].claim == "gguf:q4_0 holds the trained weights"
+
+
+def test_a_flipped_bit_in_the_weights(copied):
+    sums = {"model.safetensors": module._sum(copied / "model.safetensors")}
+    flip(copied / "model.safetensors", -1)
+    proofs = verify(copied, sums=sums)
+    assert proofs[0].passed is False and "model.safetensors" in proofs[0].result
+    assert [proof.passed for proof in proofs[1:]] == [True, False]
+
+
+def test_a_file_that_is_gone(copied):
+    (copied / "model.safetensors").unlink()
+    proofs = verify(copied, sums={"model.safetensors": "0"})
+    assert [proof.passed for proof in proofs] == [False, False]
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        verify(copied)
+
+
+def test_an_engine_that_disagrees_and_one_that_refuses(written, monkeypatch):
+    from qatlas.model.pack import load_packed
+
+    model = load_packed(written)
+    ids = module._questions(model, ())
+    told = [{int(token): 0.0 for token in range(3)} for _ in ids]
+    assert module._engine(model, "gguf:q4_0", written, lambda path, prompts: told, ids).passed is False
+
+    def refuse(path, prompts):
+        raise FormatError("llama.cpp did not take it")
+
+    proof = module._engine(model, "gguf:q4_0", written, refuse, ids)
+    assert proof.passed is False and "did not take it" in proof.result
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "vit", "resnet"])
+def test_other_families_are_asked_in_their_own_way(tiny, tmp_path, name):
+    save(pack(tiny.made(name)), tmp_path / "out")
+    proofs = verify(tmp_path / "out")
+    assert [proof.passed for proof in proofs] == [True]
+
+
+def test_what_is_not_there(written, tmp_path):
+    with pytest.raises(FormatError, match="holds no export 'gguf:q8_0'; it holds gguf:q4_0"):
+        verify(written, "gguf:q8_0")
+    with pytest.raises(CheckpointError):
+        verify(tmp_path)

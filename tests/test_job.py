@@ -1,0 +1,131 @@
+"""The main job as a function: stages, preparation, plans, exports. The command line's view of it: test_cli.py."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from small import write_llama
+
+from qatlas import keep
+from qatlas.core.error import DataError, FormatError, RuleError, RunError
+from qatlas.job import Job, generate, plan, prepare, read_rules, run
+from qatlas.model.load import load
+from qatlas.model.rules import Rule
+from qatlas.record import Record
+from qatlas.train.run import Run
+
+ARGUMENTS = {"bits": 4, "steps": 2}
+
+
+@pytest.fixture
+def small(llama_dir, text_file):
+    return Job(model=str(llama_dir), data=str(text_file), length=32, batch=4, threads=1)
+
+
+def test_stages_are_said_and_timed(small, tmp_path):
+    said = []
+    outcome = run("lsq", ARGUMENTS, replace(small, out=str(tmp_path / "out"), watch=1), say=said.append)
+    assert [line.split(" ")[0] for line in said] == ["loading", "judging", "lsq:", "judging", "packing", "reading"]
+    assert outcome.out == tmp_path / "out" and outcome.record.curve[0][0] == 1
+    assert outcome.record.job["watch"] == 1 and Record.read(outcome.out).job["length"] == 32
+    assert set(outcome.record.samples) == {"full precision", "packed"}
+
+
+def test_the_packed_directory_is_the_packed_model(small, tmp_path):
+    outcome = run("lsq", ARGUMENTS, replace(small, out=str(tmp_path / "out")))
+    again, tokenizer = load(tmp_path / "out")
+    ids = torch.arange(12).view(1, 12)
+    assert torch.equal(again(ids).logits, outcome.model(ids).logits)
+    assert generate(again, tokenizer, "the cat", 5) == generate(outcome.model, tokenizer, "the cat", 5)
+
+
+def test_the_seed_decides_and_the_directory_does_not(small, tmp_path):
+    def weights(name, **changes):
+        run("lsq", ARGUMENTS, replace(small, out=str(tmp_path / name), **changes))
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    assert weights("one") == weights("two") == weights("three", micro=4) != weights("four", seed=1)
+
+
+def test_a_plan_trains_nothing_and_keeps_nothing(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = plan("lsq", ARGUMENTS, replace(small, target="gguf:q4_0", out="out"))
+    assert found["steps"] == 2 and found["tokens"] == 2 * 4 * 31 and found["peak memory"] > 2**20 and found["seconds"] > 0
+    assert [row["weight"] for row in found["coverage"]].count("Uniform 4b") == 14 and found["refusals"].startswith("none")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FormatError, match="q_proj"):
+        plan("lsq", {"bits": 8}, replace(small, target="gguf:q4_0"))
+
+
+def test_a_paper_that_trains_nothing_has_no_plan(small, monkeypatch):
+    monkeypatch.setattr("qatlas.papers.paper", lambda name: lambda model, task: model)
+    with pytest.raises(RunError, match="nothing to plan"):
+        plan("lsq", {}, small)
+
+
+def test_extra_rules_come_first(small, tmp_path):
+    file = tmp_path / "rules.json"
+    file.write_text(json.dumps([Rule("*.down_proj", weight=None).to_json()]))
+    assert read_rules(str(file)) == (Rule("*.down_proj", weight=None),)
+    record = run("lsq", ARGUMENTS, replace(small, rules=str(file))).record
+    assert [row["weight"] for row in record.coverage if row["name"].endswith("down_proj")] == ["full", "full"]
+    assert read_rules(None) == ()
+    file.write_text("{}")
+    with pytest.raises(RuleError):
+        read_rules(str(file))
+
+
+@pytest.mark.parametrize("changes, kind", [({}, "LanguageModelling"), ({"task": "lm"}, "LanguageModelling")])
+def test_the_task_follows_from_the_model(small, changes, kind):
+    model, tokenizer, task = prepare(replace(small, **changes), Run(None, progress=False))
+    assert type(task).__name__ == kind and tokenizer is not None and not model.training
+
+
+def test_a_sentence_classifier_is_seen_by_its_configuration(small, tmp_path, llama_dir):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((llama_dir / name).read_bytes())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "<|endoftext|>"}))
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+                                             max_position_embeddings=64, num_labels=2)).save_pretrained(folder)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"sentence": "the cat sat" if i % 2 else "a red barn", "label": i % 2}) + "\n" for i in range(60)))
+    out = tmp_path / "out"
+    outcome = run("lsq", {**ARGUMENTS, "input_bits": 8}, replace(small, model=str(folder), data=str(rows), out=str(out)))
+    assert "accuracy" in outcome.record.scores["packed"] and all(proof["passed"] for proof in outcome.record.proofs)
+    with pytest.raises(FormatError, match="bert"):
+        prepare(replace(small, model=str(folder), data=str(rows), target="gguf:q4_0"), Run(None))
+
+
+def test_an_unknown_task(small):
+    with pytest.raises(DataError, match="no task 'speech'"):
+        prepare(replace(small, task="speech"), Run(None))
+
+
+def test_exports_of_one_run_stand_side_by_side(small, tmp_path):
+    out = tmp_path / "out"
+    run("lsq", {"bits": 1.58, "steps": 1}, replace(small, model=str(write_llama(tmp_path / "wide", 256)), target="gguf:tq2_0", out=str(out)))
+    path = keep.add_export(out, "gguf:q4_0")
+    assert path == out / "exports/gguf-q4_0/model.gguf" and (out / "exports/gguf-tq2_0/model.gguf").is_file()
+    with pytest.raises(FormatError, match="exists"):
+        keep.add_export(out, "gguf:q4_0")
+    with pytest.raises(FormatError, match="no target"):
+        keep.add_export(out, "gguf:q9_0")
+    assert set(Record.read(out).sizes) == {"full precision", "packed", "gguf:tq2_0", "gguf:q4_0"}
+
+
+def test_what_a_killed_save_left_is_taken_away(small, tmp_path):
+    out = tmp_path / "out"
+    for name in (".model", "..model.part-77"):
+        (out / name).mkdir(parents=True)
+        (out / name / "model.safetensors").write_bytes(b"half")
+    run("lsq", ARGUMENTS, replace(small, out=str(out)))
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
