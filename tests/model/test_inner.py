@@ -201,6 +201,8 @@ def test_law_12_holds_with_one_scale_a_token(form, window):
     prefill = model(IDS[:, :8], use_cache=True)
     rest = model(IDS[:, 8:], past_key_values=prefill.past_key_values).logits
     assert (torch.cat([prefill.logits, rest], 1) - whole).abs().max() < 1e-5
+    written = model.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert torch.equal(written[:, 12:], model(written[:, :-1]).logits[:, 11:].argmax(-1)), "generation with the cache is the whole forward"
 
 
 def test_one_fresh_scale_a_tensor_is_the_known_exception_to_law_12():
@@ -262,3 +264,21 @@ def test_the_gradient_table_of_teacher_intervention(kind, mode):
             assert mine[index] and not any(mine[index + 1:]) and (not signal or sum(mine) == 1), "own layer alone"
         lower = slopes(loss, [*groups["embeddings"], *groups["ffn"]])
         assert all(g is None or not g.any() for g in lower) == bool(signal)
+
+
+def test_training_with_static_scales_inside_and_checkpointing():
+    ends = []
+    for checkpointing in (False, True):
+        model = quantize(llama(), [*inside(HEADS), *WEIGHTS], Task()).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+        ends.append(model.state_dict())
+    start = quantize(llama(), [*inside(HEADS), *WEIGHTS], Task()).state_dict()
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*map(dict.values, ends), strict=True))
+    moved = [name for name in start if name.endswith("_quantizer.scale") and "self_attn." in name and "proj" not in name]
+    assert len(moved) == 8 and all(not torch.equal(start[name], ends[0][name]) for name in moved)
