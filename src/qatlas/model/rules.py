@@ -8,7 +8,8 @@ weight of a layer and a later one its input. A slot set to None says full precis
 ("*.q_proj:output"), and sets its `signal` slot.
 
 Nothing is silent: a user's rule that matches nothing is an error with the nearest names; so are a signal that a module does not have, one parameter
-under two different Quants, and, with a target, a tensor that the target cannot hold. An embedding's input is ids, which no rule quantizes.
+under two different Quants, and, with a target, a tensor that the target cannot hold. An embedding's input is ids, which no rule quantizes. A
+rule that only keeps things full speaks of all that is inside of what it names: `keep_full("model.layers.0")` is the whole block.
 
 Layers are replaced in place by their quantized form, which shares their parameters. What was decided stays on the model as `qatlas_rules`.
 """
@@ -67,8 +68,12 @@ class Rule(Noun):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "where", str(self.where))
+        others = [field.name for field in fields(self) if field.name not in ("where", "signal", "optional") and getattr(self, field.name) != UNSET]
         if self.signal != UNSET and ":" not in self.where:
             raise RuleError(f"Rule({self.where!r}, signal=...): a signal has an address, for instance {self.where + ':output'!r}")
+        if ":" in self.where and (others or self.signal == UNSET):
+            glob, said = self.where.partition(":")[0], f", {others[0]}=..." if others else ""
+            raise RuleError(f"Rule({self.where!r}{said}): an address takes signal= and nothing else; other slots belong to {glob!r}")
 
     def matches(self, name: str, role: set[Role]) -> bool:
         """Whether a module of this name and these roles is meant."""
@@ -115,6 +120,8 @@ def quantize(model: nn.Module, rules: str | Sequence[Rule], task: Any = None) ->
     if taken:
         raise RuleError(f"{taken[0]} is quantized already, and {len(taken) - 1} more layers; start from the full-precision model")
     plan = _plan(model, rules)
+    if "" in plan:
+        raise RuleError(f"the model is itself one {type(model).__name__}, which has no place to be replaced in; wrap it: nn.Sequential(model)")
     if getattr(task, "target", None):
         plan = _fitted(model, plan, task.target)
     _check_tied(model, plan)
@@ -138,11 +145,13 @@ def quantized(model: nn.Module) -> dict[str, Quantized]:
 
 
 def reachable(model: nn.Module) -> dict[str, type[Quantized]]:
-    """Module name -> the quantized layer that can stand in its place. A subclass with a forward of its own is not reachable."""
+    """Module name -> the quantized layer that can stand in its place. A subclass or a module with a forward of its own (hooks of
+    accelerate's device maps), or one whose weight is computed (weight_norm), is not reachable."""
     found = {}
     for name, module in model.named_modules():
         for layer in LAYERS:
-            if isinstance(module, layer.replaces) and type(module).forward is layer.replaces.forward:
+            plain = type(module).forward is layer.replaces.forward and "forward" not in module.__dict__ and "weight" in module._parameters
+            if isinstance(module, layer.replaces) and plain:
                 found[name] = layer
     return found
 
@@ -156,9 +165,9 @@ def _plan(model: nn.Module, rules: Sequence[Rule]) -> dict[str, Slots]:
     for name in everything:
         said: dict[str, Any] = {}
         for index, rule in enumerate(rules):
-            if not rule.matches(name, role.get(name, set())):
+            if not _meant(rule, name, role):
                 continue
-            if name in layers or not _wants(rule) or ":" in rule.where:
+            if name in layers or not _wants(rule):
                 used.add(index)
             for slot, value in rule.said().items():
                 said.setdefault(slot, value)
@@ -173,6 +182,14 @@ def _plan(model: nn.Module, rules: Sequence[Rule]) -> dict[str, Slots]:
             _unused(rule, index, list(layers) if _wants(rule) else everything)
     model.qatlas_full = full  # type: ignore[assignment]
     return plan
+
+
+def _meant(rule: Rule, name: str, role: dict[str, set[Role]]) -> bool:
+    """Whether a rule speaks of this name: by itself or, where it only keeps things full, by something that it is inside of."""
+    names = [name]
+    while not _wants(rule) and ":" not in rule.where and "." in names[-1]:
+        names.append(names[-1].rpartition(".")[0])
+    return any(rule.matches(each, role.get(each, set())) for each in names)
 
 
 def _wants(rule: Rule) -> bool:
