@@ -171,7 +171,7 @@ def _convolve(conv: Any, layer: Any, x: Tensor, w: Tensor) -> Tensor:
 
 
 class PackedEmbedding(Packed):
-    """ids (...) -> (..., width): only the rows that are asked for are dequantized."""
+    """ids (...) -> (..., width); the whole table is dequantized."""
 
     conf = ("padding_idx",)
     padding_idx: int | None
