@@ -243,3 +243,9 @@ def test_a_moving_scale_keeps_no_buffer():
         for layer in layers:
             layer.weight.data.mul_(1.5)
             layer.refresh()
+
+
+@pytest.mark.parametrize("more", [{"max_norm": 1.0}, {"sparse": True}])
+def test_an_embedding_that_no_quantizer_serves_is_refused(more):
+    with pytest.raises(QuantError, match="max_norm=None and sparse=False"):
+        QEmbedding.of(nn.Embedding(8, 64, **more), Slots(weight=weight(4)))

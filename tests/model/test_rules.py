@@ -221,3 +221,9 @@ def test_layers_with_a_forward_or_a_weight_of_their_own_are_not_reached():
     quantize(model, [Rule("*", weight=weight(4))])
     assert list(quantized(model)) == ["2"]
     assert describe(model).unreached == ["0.weight", "1.parametrizations.weight.original1"]
+
+
+def test_tied_weights_share_a_quantizer_only_where_it_sees_one_tensor():
+    """A scale that was measured on the plain table does not serve the rotated one."""
+    with pytest.raises(RuleError, match="share one weight"):
+        quantize(llama(tie_word_embeddings=True), [Rule("lm_head", transform=Hadamard(seed=1)), Rule("*", weight=weight(4))])

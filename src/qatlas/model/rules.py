@@ -246,10 +246,11 @@ def _check_tied(model: nn.Module, plan: dict[str, Slots]) -> None:
         if weight is not None:
             owners.setdefault(id(weight), []).append(name)
     for names in owners.values():
-        said = {plan[name].weight if name in plan else None for name in names}
-        if len(said) > 1:
+        all_said = [plan.get(name, Slots()) for name in names]
+        said = {(slots.weight, slots.transform, slots.adapter) if slots.weight is not None else None for slots in all_said}
+        if len(said) > 1:                                         # one quantizer serves them all, so they must show it the same tensor
             raise RuleError(f"{' and '.join(names)} share one weight but the rules give them different numbers; "
-                            "give both the same Quant, or untie them")
+                            "give both the same Quant, transform and adapter, or untie them")
 
 
 def _replace(model: nn.Module, plan: dict[str, Slots], peak: dict[str, Tensor]) -> None:
