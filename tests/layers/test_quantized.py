@@ -249,3 +249,10 @@ def test_a_moving_scale_keeps_no_buffer():
 def test_an_embedding_that_no_quantizer_serves_is_refused(more):
     with pytest.raises(QuantError, match="max_norm=None and sparse=False"):
         QEmbedding.of(nn.Embedding(8, 64, **more), Slots(weight=weight(4)))
+
+
+def test_a_layer_compiles_in_one_graph():
+    layer = make(weight(4))
+    y, grads = run(layer)
+    again, found = run(torch.compile(layer, fullgraph=True, backend="aot_eager"))
+    assert torch.equal(again, y) and all(torch.equal(found[f"_orig_mod.{name}"], grad) for name, grad in grads.items())
