@@ -66,7 +66,9 @@ def test_a_scheme_reaches_every_layer_of_an_unmodified_model(kind):
 
 
 @pytest.mark.parametrize(("kind", "role", "name"), [
-    ("llama", Role.HEAD, "lm_head"), ("llama", Role.EMBEDDING, "model.embed_tokens"), ("gpt2", Role.EMBEDDING, "transformer.wpe"),
+    ("llama", Role.HEAD, "lm_head"), ("bert", Role.ATTENTION, "bert.encoder.layer.0.attention.self"),
+    ("gpt2", Role.ATTENTION, "transformer.h.1.attn"),
+    ("llama", Role.EMBEDDING, "model.embed_tokens"), ("gpt2", Role.EMBEDDING, "transformer.wpe"),
     ("bert", Role.CLASSIFIER, "classifier"), ("vit", Role.CLASSIFIER, "classifier"), ("resnet", Role.CLASSIFIER, "classifier.1"),
     ("vit", Role.EMBEDDING, "vit.embeddings.patch_embeddings.projection")])
 def test_roles_are_known_of_any_model(kind, role, name):
@@ -198,7 +200,7 @@ def test_keeping_a_block_full_keeps_all_that_is_in_it():
 
 @pytest.mark.parametrize("where", ["*.self_attn:probs", "*.mlp:output"])
 def test_an_address_that_meets_no_layer_is_an_error(where):
-    with pytest.raises(RuleError, match="matches no layer"):
+    with pytest.raises(RuleError, match="there is no signal probs|has no quantizer"):
         quantize(llama(), [Rule(where, signal=A8), Rule("*_proj", weight=weight(4))])
 
 

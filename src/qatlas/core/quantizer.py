@@ -53,6 +53,15 @@ class Quant(Noun):
         """Bits of one stored code."""
         return int(self.grid.bits)
 
+    @property
+    def label(self) -> str:
+        """In a few words."""
+        return f"{type(self.grid).__name__} {self.bits}b"
+
+    def build(self) -> Quantizer:
+        """The module."""
+        return Quantizer(self)
+
     @torch.no_grad()
     def quantize(self, x: Tensor) -> QTensor:
         """Measure and quantize in one go, without state (also for scales that a Quantizer would keep)."""

@@ -33,6 +33,7 @@ from ..core.qtensor import QTensor
 from ..core.quantizer import Known, Quant, Quantizer
 from ..core.transform import Maps, Transform
 from .adapter import Adapter, AdapterSpec
+from .rows import Rows, RowsQuantizer
 
 if TYPE_CHECKING:
     from .packed import Packed
@@ -44,7 +45,7 @@ KEEP = ("each", "buffer", "recompute")
 class Slots(Noun):
     """What is said about one layer: its Quants, transform, adapter, and how the quantized weight is kept. None is full precision, or nothing."""
 
-    weight: Quant | None = None
+    weight: Quant | Rows | None = None
     input: Quant | None = None
     output: Quant | None = None
     transform: Transform | None = None
@@ -91,7 +92,7 @@ class Quantized(Layer):
     replaces: ClassVar[type[nn.Module]]
     weight: Any                                                   # nn.Parameter; the torch class behind it declares it
     bias: Any
-    weight_quantizer: Quantizer | None
+    weight_quantizer: Quantizer | RowsQuantizer | None
     _known: Known | None
     _stamp: tuple | None
 
@@ -117,7 +118,7 @@ class Quantized(Layer):
         self.adapter = slots.adapter.build(self.matrix().detach()) if slots.adapter is not None else None
         for name in ("weight", "input", "output"):
             quant = getattr(slots, name)
-            setattr(self, f"{name}_quantizer", None if quant is None else Quantizer(quant))
+            setattr(self, f"{name}_quantizer", None if quant is None else quant.build())
         if self.weight_quantizer is not None:
             self.weight_quantizer.initialise(self.source().detach())
 
@@ -138,7 +139,7 @@ class Quantized(Layer):
         w = self.source()
         if self.weight_quantizer is not None:
             shift = None if self.adapter is None else self.adapter.shift(w)
-            follows = self.weight_quantizer.quant.scale.keeps == "buffer"      # a moving scale moves in every forward: nothing to keep
+            follows = any(True for _ in self.weight_quantizer.buffers())      # a moving scale moves in every forward: nothing to keep
             known = self._keep(w, shift) if self.keep == "buffer" and self.weight_quantizer.on and not follows else None
             w = self.weight_quantizer(w, shift, known)
         return w if self.adapter is None else self.adapter.after(w)

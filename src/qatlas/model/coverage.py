@@ -18,6 +18,8 @@ from ..core.error import RuleError
 from ..core.quantizer import Quant
 from ..layers.packed import Packed
 from ..layers.quantized import Quantized
+from ..layers.rows import Rows
+from . import inner
 from .probe import forward, undisturbed
 from .roles import roles
 from .rules import quantizers, reachable
@@ -38,10 +40,21 @@ class Row:
 
 
 @dataclass
+class Signal:
+    """One quantizer inside attention: its address, numbers, and how often it ran in (train, eval)."""
+
+    address: str
+    quant: str
+    calls: tuple[int, int] = (0, 0)
+
+
+@dataclass
 class Coverage:
-    """The table. `silent`: quantizers that did not run in both modes; `unreached`: matrices that no rule can reach and none named."""
+    """The table of matrices, and that of `signals` inside attention. `silent`: quantizers that did not run in both modes; `unreached`: matrices that
+    no rule can reach and none named."""
 
     rows: list[Row] = field(default_factory=list)
+    signals: list[Signal] = field(default_factory=list)
     silent: list[str] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
 
@@ -84,7 +97,8 @@ def describe(model: nn.Module, batch: Any = None) -> Coverage:
     owned: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, Quantized | Packed):
-            names = [n for n in (f"{name}.weight_quantizer", f"{name}.input_quantizer", f"{name}.output_quantizer") if calls and n in calls]
+            own = tuple(f"{name}.{slot}_quantizer" for slot in ("weight", "input", "output"))
+            names = [n for n in calls or {} if n.startswith(own)]
             count = (0, 0) if calls is None or not names else (min(calls[n][0] for n in names), min(calls[n][1] for n in names))
             shape = tuple(module.weight.shape) if isinstance(module, Quantized) else tuple(module.store.shape)
             grid = module.store.grid if isinstance(module, Packed) else None
@@ -94,6 +108,10 @@ def describe(model: nn.Module, batch: Any = None) -> Coverage:
         elif name in reachable(model) and name in full:
             cover.rows.append(Row(name, type(module).__name__, _roles(role, name), tuple(module.weight.shape), "full", "full", 32.0))
             owned |= {id(p) for p in module.parameters()}
+    for address, quantizer in inner.installed(model).items():
+        train, evaluation = (calls or {}).get(address.replace(":", ".") + "_quantizer", (0, 0))
+        cover.signals.append(Signal(address, _say(quantizer.quant), (train, evaluation)))
+        owned |= {id(p) for p in quantizer.parameters()}
     cover.silent = [name for name, n in (calls or {}).items() if 0 in n and not _shared(model, name)]
     cover.unreached = [name for name, p in model.named_parameters() if p.dim() > 1 and p.numel() > max(p.shape) and id(p) not in owned
                        and not any(name == f or name.startswith(f + ".") for f in full if f) and "embed" not in name.rpartition(".")[2]]
@@ -131,5 +149,5 @@ def _roles(role: dict[str, set], name: str) -> str:
     return " ".join(sorted(r.value for r in role.get(name, ())))
 
 
-def _say(quant: Quant | None) -> str:
-    return "full" if quant is None else f"{type(quant.grid).__name__} {quant.bits}b"
+def _say(quant: Quant | Rows | None) -> str:
+    return "full" if quant is None else quant.label

@@ -25,19 +25,20 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..core.error import CheckpointError
 from ..layers.packed import Packed
-from . import artefact
+from . import artefact, inner
 
 
 @register_quantization_config(artefact.METHOD)
 class Config(QuantizationConfigMixin):
-    """`quantization_config` of config.json: version, dtype (of what is not quantized), layers (name -> meta) and rules.
+    """`quantization_config` of config.json: version, dtype (of what is not quantized), layers (name -> meta), rules, and signals (address -> meta of
+    a quantizer inside attention; left out where there is none).
 
     Raises:
         CheckpointError: another method or version, or fields that this version does not know.
     """
 
     def __init__(self, quant_method: str = artefact.METHOD, version: int = artefact.VERSION, dtype: str = "float32",
-                 layers: Mapping[str, Any] | None = None, rules: Any = (), **rest: Any) -> None:
+                 layers: Mapping[str, Any] | None = None, rules: Any = (), signals: Mapping[str, Any] | None = None, **rest: Any) -> None:
         if quant_method != artefact.METHOD:
             raise CheckpointError(f"quant_method is {quant_method!r}, not 'qatlas': another library quantized this model; load it with that one")
         if version != artefact.VERSION or rest:
@@ -47,7 +48,10 @@ class Config(QuantizationConfigMixin):
             raise CheckpointError("quantization_config has no layers: the model would load without a single quantized tensor. Save it again")
         self.quant_method: Any = quant_method
         self.version, self.dtype = version, dtype
-        self.layers, self.rules = dict(layers), list(rules)
+        self.layers, self.rules, self.signals = dict(layers), list(rules), dict(signals or {})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name != "signals" or value}
 
     def __repr__(self) -> str:
         return f"qatlas.Config({len(self.layers)} layers, version {self.version})"
@@ -74,6 +78,8 @@ class Loader(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
         whole = type(model).__name__ in (model.config.architectures or [type(model).__name__])
         layers = artefact.rebuild(model, self.quantization_config.layers if whole else _renamed(model, self.quantization_config.layers))
+        inside = self.quantization_config.signals
+        inner.put(model, inner.blank(model, inside if whole else _renamed(model, inside)))
         if checkpoint_files and whole:
             want = artefact.expected(model, layers)
             have = artefact.header(checkpoint_files)
@@ -126,7 +132,7 @@ def _serve(layer: Any, dtype: torch.dtype) -> None:
 def _renamed(model: Any, layers: Mapping[str, Any]) -> dict[str, Any]:
     """The layers under the names of another class over the same body (AutoModel of a causal model): those that it has."""
     prefix, modules = f"{model.base_model_prefix}.", dict(model.named_modules())
-    names = {name: next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None) for name in layers}
+    names = {name: next((n for n in (name, name.removeprefix(prefix), prefix + name) if n.partition(":")[0] in modules), None) for name in layers}
     out = {}
     for name, meta in layers.items():
         if (new := names[name]) is not None:
@@ -160,11 +166,12 @@ def _is_packed(part: nn.Module, name: str) -> bool:
 
 def config_of(model: nn.Module, layers: Mapping[str, Any], rules: Any = ()) -> Config:
     """The quantization_config of a model with these packed layers."""
-    inside = {id(p) for layer in layers.values() for p in layer.parameters()}
+    inside = {id(p) for part in (*layers.values(), *inner.installed(model).values()) for p in part.parameters()}
     kinds = [p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in inside and p.dtype != torch.float64]
     answers = [layer.answer for layer in layers.values() if getattr(layer, "answer", None)]
     kind = (kinds or answers or [torch.float32])[0]
-    return Config(dtype=str(kind).removeprefix("torch."), layers=artefact.metas(layers), rules=rules)
+    return Config(dtype=str(kind).removeprefix("torch."), layers=artefact.metas(layers), rules=rules,
+                  signals=inner.metas(model))
 
 
 def adopt(model: Any, config: Config) -> None:

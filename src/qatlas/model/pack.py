@@ -27,7 +27,7 @@ from ..core.error import CheckpointError, QuantError
 from ..core.noun import Noun
 from ..core.qtensor import QTensor
 from ..layers.packed import Packed
-from . import artefact, hub
+from . import artefact, hub, inner
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json",
              "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "preprocessor_config.json", "processor_config.json")
@@ -63,8 +63,9 @@ def checkpoint(model: nn.Module, tokenizer: Path | str | None = None, name: str 
     from ..export.checkpoint import Checkpoint
 
     layers = artefact.packed(_quantized(model))
+    inside = inner.expected(inner.installed(model))
     full = {n: t for n, t in artefact.tensors(model, {n: y for n, y in layers.items() if isinstance(y, Packed)}).items()
-            if not _inside(n, layers)}
+            if not _inside(n, layers) and n not in inside}
     tensors: dict[str, Tensor | QTensor] = {}
     seen: set[int] = set()
     for at, layer in layers.items():
@@ -147,7 +148,8 @@ def load_into(model: nn.Module, path: Path | str) -> nn.Module:
     config = hub.Config.from_dict(read_config(path)["quantization_config"])
     files = _files(path)
     layers = artefact.rebuild(model, config.layers)
-    want = artefact.expected(model, layers)
+    inside = inner.blank(model, config.signals)
+    want = artefact.expected(model, layers) | inner.expected(inside)
     artefact.check(want, artefact.header(files), path)
     state = {name: tensor for file in files for name, tensor in load_file(file).items()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -158,6 +160,7 @@ def load_into(model: nn.Module, path: Path | str) -> nn.Module:
                 for key, value in mine.items()}
         layer.load_state_dict(mine, strict=False, assign=True)    # `check` has seen that nothing is missing; a tied Store is filled by its first
     artefact.put(model, layers)
+    inner.put(model, inside)
     model.load_state_dict(shared, strict=False)
     hub.untie(model, layers)
     hub.adopt(model, config)

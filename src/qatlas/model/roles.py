@@ -4,6 +4,7 @@
     HEAD         the output embeddings of a language model
     CLASSIFIER   the layers on top of a transformers model's body; the last layer of any other model
     LINEAR CONV  every matrix product, every convolution
+    ATTENTION    the modules whose inner signals have addresses ("@attention:key"); see signals.py
 
 transformers' models are asked (`get_input_embeddings`, `get_output_embeddings`, `base_model_prefix`); other modules are looked at.
 """
@@ -17,6 +18,8 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..layers.attention import attends
+
 
 class Role(StrEnum):
     """A role, written in rules as its value."""
@@ -26,6 +29,7 @@ class Role(StrEnum):
     CLASSIFIER = "@classifier"
     LINEAR = "@linear"
     CONV = "@conv"
+    ATTENTION = "@attention"
 
 
 def roles(model: nn.Module) -> dict[str, set[Role]]:
@@ -47,6 +51,9 @@ def roles(model: nn.Module) -> dict[str, set[Role]]:
         found.setdefault(name, set()).add(Role.EMBEDDING)
     for name in _classifiers(model, weighted):
         found.setdefault(name, set()).add(Role.CLASSIFIER)
+    for name, module in model.named_modules():
+        if attends(module):
+            found.setdefault(name, set()).add(Role.ATTENTION)
     return found
 
 

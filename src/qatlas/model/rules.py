@@ -4,8 +4,9 @@
     quantize(model, "w2a8-g64")                                    # the same, from a bit string
 
 A rule names modules by a glob on their names or by a role ("@head"); the first rule that matches wins, for each slot by itself: one rule may set the
-weight of a layer and a later one its input. A slot set to None says full precision aloud. An address "glob:signal" reaches a signal of a module
-("*.q_proj:output"), and sets its `signal` slot.
+weight of a layer and a later one its input. A slot set to None says full precision aloud. An address "glob:signal" reaches a signal of a module and
+gives it the Quant of the slot `signal`: "*.q_proj:output" of a layer, "*.self_attn:key" inside attention (query, key, value, probabilities). And
+"*.c_attn[q]" is a part of the rows of a fused matrix (fused.py).
 
 Nothing is silent: a user's rule that matches nothing is an error with the nearest names; so are a signal that a module does not have, one parameter
 under two different Quants, and, with a target, a tensor that the target cannot hold. An embedding's input is ids, which no rule quantizes. A
@@ -16,7 +17,6 @@ Layers are replaced in place by their quantized form, which shares their paramet
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -30,13 +30,16 @@ from ..core.quantizer import Quant, Quantizer
 from ..core.scheme import scheme
 from ..core.transform import Transform
 from ..layers.adapter import AdapterSpec
+from ..layers.attention import QUANTIZED, attends
 from ..layers.conv import QConv1d, QConv2d
 from ..layers.embedding import QEmbedding
 from ..layers.linear import QLinear, QTransposed
 from ..layers.packed import Packed
 from ..layers.quantized import Quantized, Slots
+from . import fused, inner
 from .probe import peaks
 from .roles import Role, roles
+from .signals import matches
 
 LAYERS: tuple[type[Quantized], ...] = (QLinear, QTransposed, QConv1d, QConv2d, QEmbedding)
 
@@ -74,30 +77,48 @@ class Rule(Noun):
         if ":" in self.where and (others or self.signal == UNSET):
             glob, said = self.where.partition(":")[0], f", {others[0]}=..." if others else ""
             raise RuleError(f"Rule({self.where!r}{said}): an address takes signal= and nothing else; other slots belong to {glob!r}")
+        if self.rows and set(self.said()) - {"weight"}:
+            raise RuleError(f"Rule({self.where!r}): rows of a matrix have a weight of their own and nothing else; write {self.glob!r} for the rest")
 
     def matches(self, name: str, role: set[Role]) -> bool:
         """Whether a module of this name and these roles is meant."""
-        glob = self.where.partition(":")[0]
-        return glob in role if glob.startswith("@") else fnmatch.fnmatchcase(name, glob)
+        return matches(self.glob, name, role)
+
+    @property
+    def glob(self) -> str:
+        """The names or the role that are meant, without signal and rows."""
+        return fused.parse(self.where.partition(":")[0])[0]
+
+    @property
+    def rows(self) -> str:
+        """The part of a fused matrix, else nothing."""
+        return fused.parse(self.where)[1]
+
+    @property
+    def address(self) -> str:
+        """The signal of an address, else nothing."""
+        return self.where.partition(":")[2]
 
     def said(self) -> dict[str, Any]:
         """Slot -> value, for the slots that the rule sets; a signal's address becomes the slot of that name."""
         slots = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("where", "signal", "optional")}
         if self.signal != UNSET:
-            slots[self.where.partition(":")[2]] = self.signal
+            slots[self.address] = self.signal
         return {name: value for name, value in slots.items() if value != UNSET}
 
 
 def keep_full(*where: str) -> list[Rule]:
     """Rules that leave these roles or globs in full precision. A role may be absent from a model; a glob may not."""
-    return [Rule(each, weight=None, input=None, output=None, transform=None, adapter=None, optional=str(each).startswith("@")) for each in where]
+    return [Rule(each, weight=None) if fused.parse(str(each))[1] else
+            Rule(each, weight=None, input=None, output=None, transform=None, adapter=None, optional=str(each).startswith("@")) for each in where]
 
 
 def of_scheme(text: str) -> list[Rule]:
     """The rules of a bit string: embeddings, heads and classifiers full, all other layers as it says."""
     parts = scheme(text)
     if parts.cache is not None:
-        raise RuleError(f"the scheme {text!r} asks for a quantized key/value cache; rules reach weights and inputs. Leave the kv part out")
+        raise RuleError(f"the scheme {text!r} asks for a quantized key/value cache, which stores full precision here. Leave the kv part out; "
+                        'Rule("@attention:key", signal=...) and Rule("@attention:value", signal=...) give the same numbers')
     return [*keep_full(Role.EMBEDDING, Role.HEAD, Role.CLASSIFIER), Rule("*", weight=parts.weight, input=parts.input)]
 
 
@@ -116,10 +137,10 @@ def quantize(model: nn.Module, rules: str | Sequence[Rule], task: Any = None) ->
     ('QLinear', 'Linear')
     """
     rules = [*getattr(task, "extra_rules", ()), *(of_scheme(rules) if isinstance(rules, str) else rules)]
-    taken = [name for name, module in model.named_modules() if isinstance(module, Quantized | Packed)]
+    taken = [name for name, module in model.named_modules() if isinstance(module, Quantized | Packed | Quantizer)]
     if taken:
-        raise RuleError(f"{taken[0]} is quantized already, and {len(taken) - 1} more layers; start from the full-precision model")
-    plan = _plan(model, rules)
+        raise RuleError(f"{taken[0]} is quantized already, and {len(taken) - 1} more modules; start from the full-precision model")
+    plan, inside = _plan(model, rules)
     if "" in plan:
         raise RuleError(f"the model is itself one {type(model).__name__}, which has no place to be replaced in; wrap it: nn.Sequential(model)")
     if getattr(task, "target", None):
@@ -128,6 +149,7 @@ def quantize(model: nn.Module, rules: str | Sequence[Rule], task: Any = None) ->
     thirsty = [name for name, slots in plan.items() if slots.transform is not None and slots.transform.needs_peak]
     peak = peaks(model, task.calibration(), thirsty) if thirsty and task is not None else {}
     _replace(model, plan, peak)
+    inner.install(model, inside)
     model.qatlas_rules = tuple(rules)  # type: ignore[assignment]
     if task is not None and any(not q.ready or getattr(q.quant.grid, "signed", True) is None for q in quantizers(model).values()):
         task.calibrate(model)
@@ -156,38 +178,60 @@ def reachable(model: nn.Module) -> dict[str, type[Quantized]]:
     return found
 
 
-def _plan(model: nn.Module, rules: Sequence[Rule]) -> dict[str, Slots]:
-    """Module name -> what the rules say of it, for the modules that get any numbers."""
+def _plan(model: nn.Module, rules: Sequence[Rule]) -> tuple[dict[str, Slots], dict[str, dict[str, Quant]]]:
+    """What the rules say of the modules that get any numbers: layer -> Slots, attention module -> signal -> Quant."""
     layers, role = reachable(model), roles(model)
-    everything = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
+    modules, parted = dict(model.named_modules()), fused.sliceable(model)
+    everything = [*modules, *(name for name, _ in model.named_parameters())]
     used: set[int] = set()
-    plan, full = {}, set()
+    plan, inside, full = {}, {}, set()
     for name in everything:
         said: dict[str, Any] = {}
+        has = _signals(layers.get(name), modules.get(name))
         for index, rule in enumerate(rules):
-            if not _meant(rule, name, role):
+            if not (_meant(rule, name, role) and rule.address in ("", *has) and (not rule.rows or name in parted)):
                 continue
-            if name in layers or not _wants(rule):
+            if name in layers or not _wants(rule) or rule.address:
                 used.add(index)
-            for slot, value in rule.said().items():
-                said.setdefault(slot, value)
+            new = fused.spread(rule.said(), rule.rows) if name in parted else rule.said()
+            said = new | _kept(rule) | said                        # what was said first stays
         if name in layers:
-            slots = _slots(name, said, layers[name])
+            said = fused.gathered(said) if name in parted else said
+            slots = _slots(said, layers[name])
             if slots != Slots(keep=slots.keep):
                 plan[name] = slots
+        elif quants := inner.fitted(name, said) if has else None:
+            inside[name] = quants
         if said.get("weight", UNSET) is None:
             full.add(name)
     for index, rule in enumerate(rules):
         if index not in used and not rule.optional:
-            _unused(rule, index, list(layers) if _wants(rule) else everything)
+            _unused(model, rule, index, list(layers) if _wants(rule) else everything)
     model.qatlas_full = full  # type: ignore[assignment]
-    return plan
+    return plan, inside
+
+
+def _signals(layer: type[Quantized] | None, module: nn.Module | None) -> tuple[str, ...]:
+    """The signals of a module that an address can give numbers to. An embedding's input is ids."""
+    if layer is not None:
+        return ("weight", "output") if layer is QEmbedding else ("weight", "input", "output")
+    return QUANTIZED if module is not None and attends(module) else ()
+
+
+def _kept(rule: Rule) -> dict[str, None]:
+    """`keep_full` of an attention module means what is inside, too."""
+    return dict.fromkeys(QUANTIZED) if rule.weight is rule.input is rule.output is None else {}
+
+
+def _slots(said: dict[str, Any], layer: type[Quantized]) -> Slots:
+    fit = ("weight", "output", "keep") if layer is QEmbedding else [field.name for field in fields(Slots)]
+    return Slots(**{slot: value for slot, value in said.items() if slot in fit})
 
 
 def _meant(rule: Rule, name: str, role: dict[str, set[Role]]) -> bool:
     """Whether a rule speaks of this name: by itself or, where it only keeps things full, by something that it is inside of."""
     names = [name]
-    while not _wants(rule) and ":" not in rule.where and "." in names[-1]:
+    while not _wants(rule) and not rule.address and not rule.rows and "." in names[-1]:
         names.append(names[-1].rpartition(".")[0])
     return any(rule.matches(each, role.get(each, set())) for each in names)
 
@@ -197,20 +241,12 @@ def _wants(rule: Rule) -> bool:
     return any(value is not None for value in rule.said().values())
 
 
-def _slots(name: str, said: dict[str, Any], layer: type[Quantized]) -> Slots:
-    unknown = set(said) - {field.name for field in fields(Slots)}
-    if unknown:
-        raise RuleError(f"{name} ({layer.__name__}) has no signal {', '.join(sorted(unknown))}; it has input and output")
-    if layer is QEmbedding:
-        said = {slot: value for slot, value in said.items() if slot in ("weight", "output", "keep")}
-    return Slots(**said)
-
-
-def _unused(rule: Rule, index: int, names: Iterable[str]) -> None:
+def _unused(model: nn.Module, rule: Rule, index: int, names: Iterable[str]) -> None:
+    if rule.address or rule.rows:
+        raise RuleError(f"rule {index + 1}: {(inner if rule.address else fused).lacking(model, rule.where)}")
     names = [name for name in names if name]
-    glob = rule.where.partition(":")[0]
     leaves = sorted({name.split(".")[-1] for name in names} - {str(i) for i in range(len(names))})
-    close = nearest(glob, names) or [f"*.{leaf}" for leaf in nearest(glob.split(".")[-1], leaves)] or leaves[:5]
+    close = nearest(rule.glob, names) or [f"*.{leaf}" for leaf in nearest(rule.glob.split(".")[-1], leaves)] or leaves[:5]
     raise RuleError(f"rule {index + 1} ({rule.where!r}) matches no {'layer' if _wants(rule) else 'module'}.\n  nearest names: {', '.join(close)}\n"
                     f"  roles: {', '.join(Role)}\n"
                     "  A rule that matches nothing would leave tensors in full precision unseen; take it out or mend the name.")
@@ -229,7 +265,7 @@ def _fitted(model: nn.Module, plan: dict[str, Slots], target: str) -> dict[str, 
         weight: Any = model.get_submodule(name).weight
         shape = tuple(weight.T.shape if reachable(model)[name] is QTransposed else weight.shape)
         try:
-            out[name] = slots.but(weight=form.fit(slots.weight, kind, shape))
+            out[name] = slots.but(weight=fused.fit(slots.weight, shape, lambda quant, part: form.fit(quant, kind, part)))
         except FormatError as error:
             refused[name] = error
     if refused:
@@ -267,8 +303,8 @@ def _replace(model: nn.Module, plan: dict[str, Slots], peak: dict[str, Tensor]) 
     for name, layer in made.items():
         old = model.get_submodule(name)
         for parent in model.modules():
-            for child, inner in parent._modules.items():
-                if inner is old:
+            for child, part in parent._modules.items():
+                if part is old:
                     parent._modules[child] = layer
 
 

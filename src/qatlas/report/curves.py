@@ -3,7 +3,8 @@
 Each step is a thin line, an average over a 25th of the run a thick one. The held-out curve runs from the untrained score to the trained one, in nats
 where less is better; full precision and untrained are dashed levels. A training loss on another scale than the held-out score (a distance from a
 teacher; an accuracy) gets a panel of its own, since one axis would compare what cannot be compared: the two share an axis when the first training
-loss is within a factor of two of the untrained model's, and the last one of the trained model's. Several fits stand in a row, a dotted line between them.
+loss is within a factor of two of the untrained model's, and the last one of the trained model's. Several fits stand in a
+row, a dotted line between them.
 """
 
 from __future__ import annotations

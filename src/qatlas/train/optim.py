@@ -100,7 +100,7 @@ def role(model: nn.Module, name: str, parameter: nn.Parameter) -> str:
 
 def groups(model: nn.Module, names: Mapping[nn.Parameter, str], lr: float, weight_decay: float,
            scale_lr: float | None = None, scale_share: float | None = None) -> list[dict[str, Any]]:
-    """Parameter groups by role, in the order of ROLES; empty ones are left out. With scale_share each scale is a group of its own, marked `relative`."""
+    """Parameter groups by role, in the order of ROLES; empty ones are left out. With scale_share each scale is its own group, marked `relative`."""
     members: dict[str, list[nn.Parameter]] = {name: [] for name in ROLES}
     for parameter, name in names.items():
         members[role(model, name, parameter)].append(parameter)
