@@ -53,7 +53,8 @@ def test_the_main_job_ends_well_with_every_proof(made):
     out, code = made
     assert code == 0
     proofs = Record.read(out).proofs
-    assert len(proofs) == 4
+    assert len(proofs) == 5
+    assert proofs[0]["claim"] == "the saved directory computes what the trained model computes"
     engine = proofs.pop()
     assert engine["passed"] is (True if find_spec("xllamacpp") else None), engine
     assert all(proof["passed"] for proof in proofs), proofs

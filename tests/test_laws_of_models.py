@@ -127,15 +127,30 @@ def test_law_8_a_packed_product_is_dequantize_then_matmul(bits: float) -> None:
 def test_law_9_every_paper_runs_resumes_and_exports(name: str, tmp_path: Path) -> None:
     paper = papers.paper(name)
 
-    def trained(out: Path, resume: bool = False, **more: Any) -> nn.Module:
-        return paper(llama(256), task(target="gguf:q4_0", run=Run(out, resume=resume, save_every=1, progress=False)), steps=3, **more)
+    class Stop(Tactic):
+        """Break off in the first fit, after so many steps."""
+
+        def __init__(self, at: int = 99) -> None:
+            self._at = at
+
+        def after(self, loop: Any) -> None:
+            if loop.task.run.phases == 1 and loop.step + 1 >= self._at:
+                raise KeyboardInterrupt
+
+    def trained(out: Path, resume: bool = False, at: int = 99) -> nn.Module:
+        run = Run(out, resume=resume, save_every=1, progress=False)
+        run.tactics = (Stop(at),)
+        return paper(llama(256), task(target="gguf:q4_0", run=run), steps=3)
 
     model = trained(tmp_path / "whole")
     assert all(p.isfinite().all() for p in model.parameters()) and any(isinstance(m, Quantized) for m in model.modules())
     points = sorted((tmp_path / "whole/state").rglob("*"))
     assert points, "a run leaves resume points until it is finished"
-    again = trained(tmp_path / "whole", resume=True)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "broken", at=2)
+    for out in ("whole", "broken"):
+        again = trained(tmp_path / out, resume=True)
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)), out
     module, kind = export.target("gguf:q4_0")
     file = module.write(checkpoint(model), tmp_path / "model.gguf", kind)
     assert torch.equal(module.read(file)["model.layers.0.mlp.down_proj.weight"], model.model.layers[0].mlp.down_proj.hard())

@@ -152,7 +152,7 @@ def _keep(record: Record, model: nn.Module, tokenizer: Any, task: Task, job: Job
             record.sizes[job.target] = written[-1].stat().st_size
     with _timed(record, "read back"):
         say("reading back")
-        record.proofs = [vars(proof) for proof in verify(out)]
+        record.proofs = [vars(proof) for proof in verify(out, trained=model)]
     record.seal(out, *written)
     record.write(out)
     report(record, out / "report.html")

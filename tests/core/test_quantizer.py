@@ -156,3 +156,38 @@ def test_a_scale_below_zero_follows_its_sign_policy() -> None:
         quantizer.scale.data.neg_()
         assert torch.equal(quantizer(x), quantizer.quantize(x).dequantize())
         assert (quantizer.quantize(x).steps < 0).item() == (sign == "free")
+
+
+@pytest.mark.parametrize("sign, turned", [("abs", -1), ("free", 1)])
+def test_the_gradient_of_a_scale_below_zero(sign: str, turned: int) -> None:
+    """Finite differences of y in s, at fixed codes: "abs" turns the gradient round, as |s| does."""
+    x, step = draw(5, 64), 1e-3
+    quantizer = Quantizer(Quant(Uniform(4), PerTensor(), Learned(sign=sign, factor=1.0, gradient="value"), Clip())).initialise(x)
+    quantizer.scale.data.fill_(-0.3)
+    v = quantizer(x).detach() / -0.3
+    quantizer(x).square().sum().backward()
+    slope = ((v * (-0.3 + step)).square().sum() - (v * (-0.3 - step)).square().sum()) / (2 * step)
+    torch.testing.assert_close(quantizer.scale.grad, slope.reshape(1), rtol=1e-3, atol=1e-3)
+    assert (quantizer.quantize(x).steps < 0).item() == (turned == 1)
+
+
+def test_a_state_without_its_signedness_is_not_ready() -> None:
+    """A state dict has the scale and not the sign; taken as signed, half of the unsigned range would be cut off unseen."""
+    one, other = Quantizer(STATIC), Quantizer(STATIC)
+    one.observe()
+    one(draw(1, 4, 8).abs())
+    one.settle()
+    other.load_state_dict(one.state_dict())
+    assert one.ready and not other.ready
+    with pytest.raises(QuantError, match="calibrate"):
+        other(draw(1, 4, 8).abs())
+
+
+def test_an_expert_without_tokens() -> None:
+    quantizer = Quantizer(Quant(Uniform(4), PerTensor(), Learned(), Clip())).initialise(draw(0, 16))
+    assert quantizer(torch.zeros(0, 8)).shape == (0, 8)
+
+
+def test_a_learned_scale_that_shall_not_hear_anything_is_refused() -> None:
+    with pytest.raises(QuantError, match="'clipped' or 'value'"):
+        Learned(gradient="none")

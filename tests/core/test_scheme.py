@@ -55,3 +55,8 @@ def test_weight_alone() -> None:
     assert weight(4).grain == PerChannel() and weight("1.58", Group(8)).grain == Group(8)
     with pytest.raises(QuantError, match="1, 1.58 or 2 to 8"):
         weight(16)
+
+
+def test_static_without_activations_is_refused() -> None:
+    with pytest.raises(QuantError, match="-static, which is of activations"):
+        scheme("w4-static")

@@ -12,7 +12,7 @@ from qatlas.core.error import QuantError
 from qatlas.core.grain import Group, PerChannel
 from qatlas.core.grid import Uniform
 from qatlas.core.quantizer import Quant
-from qatlas.core.scale import AbsMax, Learned, MinMax
+from qatlas.core.scale import AbsMax, Learned, MinMax, Moving
 from qatlas.core.scheme import scheme, weight
 from qatlas.core.transform import Chain, Hadamard, Permute, Smooth
 from qatlas.layers.adapter import Lora
@@ -212,3 +212,47 @@ def test_hooks_can_be_registered_on_a_made_layer():
     handle.remove()
     layer(X)
     assert seen == [(3, 5, 8)]
+
+
+@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_computes_in_it_from_fp32_masters(keep, kind):
+    layer = make(weight(4), keep, dtype=kind)
+    y = layer(X.to(kind))
+    y.sum().backward()
+    assert y.dtype == layer.bias.dtype == kind and layer.weight.grad.dtype == torch.float32
+    assert torch.equal(layer.pack()(X.to(kind)), y)
+
+
+def test_a_kept_weight_moves_with_its_layer():
+    """`.to` writes through `.data`, which no version counter sees; a buffer left behind on the old device would stay there for good."""
+    layer = make(weight(4), "buffer")
+    layer(X)
+    layer.double()
+    assert layer._keep(layer.source(), None).value.dtype == torch.float64
+    layer.float().to("meta")
+    layer.refresh()
+    assert layer.computed().device.type == "meta"
+
+
+def test_a_moving_scale_keeps_no_buffer():
+    layers = [make(Quant(Uniform(4), PerChannel(), Moving(AbsMax(), 0.5)), keep) for keep in ("each", "buffer")]
+    for _ in range(3):
+        one, two = (run(layer)[0] for layer in layers)
+        assert torch.equal(one, two)
+        for layer in layers:
+            layer.weight.data.mul_(1.5)
+            layer.refresh()
+
+
+@pytest.mark.parametrize("more", [{"max_norm": 1.0}, {"sparse": True}])
+def test_an_embedding_that_no_quantizer_serves_is_refused(more):
+    with pytest.raises(QuantError, match="max_norm=None and sparse=False"):
+        QEmbedding.of(nn.Embedding(8, 64, **more), Slots(weight=weight(4)))
+
+
+def test_a_layer_compiles_in_one_graph():
+    layer = make(weight(4))
+    y, grads = run(layer)
+    again, found = run(torch.compile(layer, fullgraph=True, backend="aot_eager"))
+    assert torch.equal(again, y) and all(torch.equal(found[f"_orig_mod.{name}"], grad) for name, grad in grads.items())

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from qatlas.core.error import RuleError
+from qatlas.core.scheme import weight
 from qatlas.model.coverage import Coverage, Row, describe
 from qatlas.model.pack import pack
-from qatlas.model.rules import keep_full, quantize, quantizers
+from qatlas.model.rules import Rule, keep_full, quantize, quantizers
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "resnet"])
@@ -97,3 +98,9 @@ def rules():
     from qatlas.model.rules import Rule
 
     return [Rule("*", weight=weight(4))]
+
+
+def test_an_embedding_of_which_nobody_spoke_is_unreached(tiny):
+    """Only bare tables of positions, which no rule can name as a layer, go without saying."""
+    rule = Rule("*_proj", weight=weight(4))
+    assert describe(quantize(tiny.models["llama"](tie=False), [rule])).unreached == ["model.embed_tokens.weight", "lm_head.weight"]

@@ -9,15 +9,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qatlas.core.error import CheckpointError, QuantError
-from qatlas.core.grain import PerTensor
+from qatlas.core.grain import PerChannel, PerTensor
+from qatlas.core.grid import Uniform
 from qatlas.core.qtensor import QTensor
 from qatlas.core.quantizer import Quant
 from qatlas.core.scale import AbsMax, Learned
-from qatlas.core.scheme import weight
+from qatlas.core.scheme import scheme, weight
 from qatlas.core.transform import Hadamard, Smooth
 from qatlas.layers.adapter import Lora
 from qatlas.layers.packed import Packed
 from qatlas.model.pack import checkpoint, load_into, load_packed, pack, save
+from qatlas.model.rules import Rule, quantize
 
 ALL = ["llama", "gpt2", "bert", "vit", "resnet", "plain"]
 
@@ -273,3 +275,20 @@ def test_a_model_of_ones_own_asks_for_load_into(tiny, tmp_path):
         load_packed(path)
     with pytest.raises(CheckpointError, match="in the model"):
         load_into(tiny.models["plain"](32), path)
+
+
+@pytest.mark.parametrize("more", [{}, {"weight": None}])
+def test_one_static_step_a_feature_comes_back(more, tmp_path):
+    """Their number is the layer's width, which the Quant does not say."""
+    def made():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+
+    model, x = made(), torch.randn(16, 8)
+    features = Quant(Uniform(8), PerChannel(-1), Learned(AbsMax()))
+    quantize(model, [Rule("0", **({"weight": scheme("w4").weight, "input": features} | more))])
+    model[0].input_quantizer.observe()
+    model(x)
+    model[0].input_quantizer.settle()
+    save(model, tmp_path / "out")
+    assert torch.equal(load_into(made(), tmp_path / "out")(x), model(x))

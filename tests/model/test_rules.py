@@ -190,3 +190,42 @@ def test_layers_share_parameters_and_hooks_with_what_they_replace():
     model(torch.randn(1, 8))
     assert isinstance(model[0], QLinear) and model[0].weight is parameter and called == [1]
     assert QTransposed in {type(m) for m in quantize(tiny("gpt2")[0], "w4").modules()}
+
+
+def test_keeping_a_block_full_keeps_all_that_is_in_it():
+    model = quantize(llama(), [*keep_full("model.layers.0", Role.EMBEDDING, Role.HEAD), Rule("*", weight=scheme("w4").weight)])
+    assert {name.split(".")[2] for name in quantized(model)} == {"1"}
+    describe(model).check()
+
+
+@pytest.mark.parametrize("where", ["*.self_attn:probs", "*.mlp:output"])
+def test_an_address_that_meets_no_layer_is_an_error(where):
+    with pytest.raises(RuleError, match="there is no signal probs|has no quantizer"):
+        quantize(llama(), [Rule(where, signal=A8), Rule("*_proj", weight=weight(4))])
+
+
+def test_an_address_takes_a_signal_and_nothing_else():
+    with pytest.raises(RuleError, match="weight=.*takes signal="):
+        Rule("*.q_proj:output", weight=weight(4))
+    with pytest.raises(RuleError, match="takes signal="):
+        Rule("*.q_proj:output")
+
+
+def test_a_model_that_is_one_layer_cannot_be_replaced():
+    with pytest.raises(RuleError, match="itself one Linear"):
+        quantize(nn.Linear(8, 8), [Rule("*", weight=weight(4))])
+
+
+def test_layers_with_a_forward_or_a_weight_of_their_own_are_not_reached():
+    """Accelerate's hooks put a forward on the instance, which would go on calling the old layer; weight_norm computes its weight."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
+    model[0].forward = model[0].forward
+    quantize(model, [Rule("*", weight=weight(4))])
+    assert list(quantized(model)) == ["2"]
+    assert describe(model).unreached == ["0.weight", "1.parametrizations.weight.original1"]
+
+
+def test_tied_weights_share_a_quantizer_only_where_it_sees_one_tensor():
+    """A scale that was measured on the plain table does not serve the rotated one."""
+    with pytest.raises(RuleError, match="share one weight"):
+        quantize(llama(tie_word_embeddings=True), [Rule("lm_head", transform=Hadamard(seed=1)), Rule("*", weight=weight(4))])

@@ -125,3 +125,27 @@ def test_what_is_not_there(written, tmp_path):
         verify(written, "gguf:q8_0")
     with pytest.raises(CheckpointError):
         verify(tmp_path)
+
+
+def test_the_saved_directory_is_compared_with_the_model_that_was_trained(copied):
+    """Two loads of one file are always equal; only the model in memory knows what was trained."""
+    from qatlas.model.pack import load_packed
+
+    model = load_packed(copied)
+    assert [proof.passed for proof in verify(copied, trained=model)[:3]] == [True, True, True]
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.store.scale.mul_(1.5)
+    proofs = verify(copied, trained=model)
+    assert proofs[0].claim == "the saved directory computes what the trained model computes" and proofs[0].passed is False
+    assert proofs[1].passed is True and proofs[2].passed is False
+
+
+def test_quantizers_of_outputs_and_of_layers_in_full_precision_are_off_too(tiny):
+    from qatlas.core.scheme import scheme
+    from qatlas.model.rules import Rule
+
+    a8, w4 = scheme("w4a8").input, scheme("w4").weight
+    model = pack(quantize(tiny.models["llama"](tie=False), [Rule("*q_proj", weight=w4, output=a8), Rule("lm_head", input=a8)]))
+    with module._inputs_off(model):
+        assert not model.lm_head.input_quantizer.on and not model.model.layers[0].self_attn.q_proj.output_quantizer.on
+    assert model.lm_head.input_quantizer.on

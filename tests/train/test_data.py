@@ -109,3 +109,9 @@ def test_what_is_nowhere_is_said_to_be_nowhere(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DataError, match="is no file here"):
         data.table(str(tmp_path / "nowhere"))
+
+
+def test_a_text_of_one_long_line_is_cut_near_its_last_twentieth(tmp_path):
+    (tmp_path / "a.txt").write_text("title\n" + "a " * 5000)
+    found = data.text(str(tmp_path / "a.txt"))
+    assert len(found.held_out) < len(found.train) / 9

@@ -176,3 +176,13 @@ def test_random_states_come_back():
 def test_a_removed_state_starts_anew(broken):
     shutil.rmtree(broken / "state")
     assert len(go(broken, True).loss) == 6
+
+
+def test_a_model_that_came_in_bf16_resumes_bit_identical(tmp_path):
+    """Masters are widened to fp32, so what a point holds must not pass through bf16 on its way back."""
+    whole, rest = llama().bfloat16(), llama().bfloat16()
+    go(None, False, model=whole)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "out", False, at=5, model=llama().bfloat16())
+    go(tmp_path / "out", True, model=rest)
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(whole.parameters(), rest.parameters(), strict=True))

@@ -61,9 +61,9 @@ def test_score_weighs_by_tokens():
     (lambda: LanguageModelling(data.Text("short", WORDS), letters, length=16), "training text has 5 tokens"),
     (lambda: LanguageModelling(data.Text(WORDS, "short"), letters, length=16), "held-out text has 5 tokens"),
     (lambda: task(length=1), "predicts nothing"), (lambda: task(batch=0), "at least one row"),
-    (lambda: Chat([[{"role": "user", "content": "hi"}]], Letters(), length=32), "none of 1 training conversations"),
-    (lambda: Chat([TALK], Letters(), length=8), "larger length"),
-    (lambda: Chat([[{"from": "user", "value": "hi"}]], Letters()), "needs role and content"),
+    (lambda: Chat([[{"role": "user", "content": "hi"}]] * 2, Letters(), length=32), "none of 1 training conversations"),
+    (lambda: Chat([TALK] * 2, Letters(), length=8), "larger length"),
+    (lambda: Chat([[{"from": "user", "value": "hi"}]] * 2, Letters()), "needs role and content"),
 ])
 def test_constructors_fail_early(make, said):
     with pytest.raises(DataError, match=said):
@@ -103,7 +103,7 @@ REFUSES = "{% if add_generation_prompt %}new{% else %}{% for m in messages %}{{ 
     (FORGETS, "[system]be brief[user]1+1?[assistant]..[user]2+2?[assistant]four", ["four"]),
 ])
 def test_the_mask_of_a_conversation_is_exact(template, whole, answers):
-    batch = Chat([TALK], Letters(template), batch=1).batch(0)
+    batch = Chat([TALK, TALK], Letters(template), batch=1).batch(0)
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     assert "".join(map(chr, ids)) == whole
     assert [label for label in labels if label != -100] == [ord(c) for c in "".join(answers)]
@@ -115,7 +115,7 @@ def test_the_mask_of_a_conversation_is_exact(template, whole, answers):
 
 def test_a_template_without_a_prompt_is_refused():
     with pytest.raises(DataError, match="chat template"):
-        Chat([TALK], Letters(REFUSES))
+        Chat([TALK, TALK], Letters(REFUSES))
 
 
 def test_conversations_are_padded_and_padding_moves_nothing():
@@ -146,3 +146,8 @@ def test_prompt_and_response(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 4)
     with pytest.raises(DataError, match="found: question, answer"):
         Chat(str(tmp_path / "b.jsonl"), Letters())
+
+
+def test_one_conversation_is_not_trained_on_and_judged_by():
+    with pytest.raises(DataError, match="too few to hold one out"):
+        Chat([TALK], Letters())

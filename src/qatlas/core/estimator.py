@@ -119,12 +119,14 @@ def refit(x: Tensor, v: Tensor, place: Place) -> Tensor:
 
 def pull(g: Tensor, x: Tensor, place: Place, shift: Tensor | None, quant: Quant, strength: float) -> tuple[Tensor | None, ...]:
     """The gradients of (x, s, zero, offset, shift) by closed form."""
-    grid, place = quant.grid, settle(place, quant)
+    grid, raw, place = quant.grid, place.s, settle(place, quant)
     u = locate(x, place)
     u = u if shift is None else u + shift
     v = grid.snap(u)
     dx = quant.estimator(g, u, v, grid)
     ds = (g * quant.scale.slope(u, v, place.zero, grid)).sum(-1, keepdim=True) * strength
+    if quant.scale.sign == "abs":
+        ds = torch.where(raw < 0, -ds, ds)                        # d|s|/ds
     outside = g if place.zero is None and place.offset is None else g * ~grid.inside(u, quant.scale.margin)
     dzero = None if place.zero is None else -(outside * place.s).sum(-1, keepdim=True) * strength
     doffset = None if place.offset is None else outside.sum(-1, keepdim=True) * strength

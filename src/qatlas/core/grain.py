@@ -46,7 +46,7 @@ class PerTensor(Grain):
     """One scale for all."""
 
     def view(self, x: Tensor) -> Tensor:
-        return x.reshape(1, -1)
+        return x.reshape(1, x.numel())                            # -1 would fail on an empty tensor
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,8 @@ class Quantizer(nn.Module):
     @property
     def ready(self) -> bool:
         """Whether a forward is possible."""
+        if getattr(self.quant.grid, "signed", True) is None:      # no state dict says it: calibration must
+            return False
         return self.quant.scale.keeps == "nothing" or self.scale is not None
 
     @torch.no_grad()
@@ -142,12 +144,12 @@ class Quantizer(nn.Module):
     def place(self, view: Tensor) -> Place:
         """The place of a view: measured, running, or learned."""
         scale = self.quant.scale
-        if scale.keeps == "nothing":
+        if scale.keeps == "nothing" and self.ready:
             if scale.gradient == "statistic":
                 return scale.measure(view, self.quant.grid)
             with torch.no_grad():
                 return scale.measure(view.detach(), self.quant.grid)
-        if self.scale is None:
+        if not self.ready:
             raise QuantError("a quantizer is used before it is initialised: run calibrate(model, task) before the first step")
         if scale.keeps == "buffer" and self.training and torch.is_grad_enabled():
             self._follow(view.detach())

@@ -136,7 +136,7 @@ class Scale(Noun):
         if not isinstance(self.factor, str):
             return float(self.factor)
         n = {"scale": view[-1], "tensor": math.prod(shape), "token": shape[-1]}[self.over]
-        return 1 / math.sqrt(n * max(round(grid.high), 1))
+        return 1 / math.sqrt(max(n, 1) * max(round(grid.high), 1))
 
 
 @dataclass(frozen=True)
@@ -259,6 +259,12 @@ class Learned(Scale):
     start: Scale = AbsMax()
     gradient: str = field(default="clipped", kw_only=True)
     factor: str | float = field(default="lsq", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gradient not in ("clipped", "value"):
+            raise QuantError(f"Learned(gradient={self.gradient!r}): a learned scale hears 'clipped' or 'value'; "
+                             f"freeze it, or take {self.start!r} itself")
 
     @property
     def keeps(self) -> str:

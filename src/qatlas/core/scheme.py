@@ -52,6 +52,8 @@ def scheme(text: str) -> Scheme:
         if part != "static":
             grain = PerTensor() if part == "tensor" else Group(int(part[1:]))
     static = "-static" in match["rest"]
+    if static and not match["a"]:
+        raise QuantError(f"the scheme {text!r} says -static, which is of activations, and has no a<bits>")
     token = Quant(Uniform(8), PerToken(), AbsMax())
     inputs = None
     if match["a"]:

@@ -15,7 +15,7 @@ class QConv1d(Quantized, nn.Conv1d):
     replaces = nn.Conv1d
 
     def product(self, x: Tensor, w: Tensor) -> Tensor:
-        return self._conv_forward(x, w, self.bias)
+        return self._conv_forward(x, w, self.bias_in(x))
 
     def pack(self) -> PackedConv1d:
         return PackedConv1d.of(self.quantize(), self.bias, self)
@@ -27,7 +27,7 @@ class QConv2d(Quantized, nn.Conv2d):
     replaces = nn.Conv2d
 
     def product(self, x: Tensor, w: Tensor) -> Tensor:
-        return self._conv_forward(x, w, self.bias)
+        return self._conv_forward(x, w, self.bias_in(x))
 
     def pack(self) -> PackedConv2d:
         return PackedConv2d.of(self.quantize(), self.bias, self)

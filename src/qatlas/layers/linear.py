@@ -22,7 +22,7 @@ class QLinear(Quantized, nn.Linear):
     replaces = nn.Linear
 
     def product(self, x: Tensor, w: Tensor) -> Tensor:
-        return F.linear(x, w, self.bias)
+        return F.linear(x, w, self.bias_in(x))
 
     def pack(self) -> PackedLinear:
         return PackedLinear.of(self.quantize(), self.bias, self)
@@ -40,7 +40,7 @@ class QTransposed(Quantized, Conv1D):
         return w.T
 
     def product(self, x: Tensor, w: Tensor) -> Tensor:
-        return F.linear(x, w, self.bias)
+        return F.linear(x, w, self.bias_in(x))
 
     def pack(self) -> PackedLinear:
         return PackedLinear.of(self.quantize(), self.bias, self)

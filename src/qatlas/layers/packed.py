@@ -105,7 +105,7 @@ class Packed(Layer):
         conf = {name: value if not isinstance(value := getattr(self, name), tuple) else list(value) for name in self.conf}
         quants = {name: q.quant.to_json() for name in ("input", "output") if (q := getattr(self, f"{name}_quantizer")) is not None}
         return {"layer": type(self).__name__, "tensor": self.store.to_meta(), "slots": self.slots.to_json(), "bias": self.bias is not None,
-                "conf": conf, "quants": quants}
+                "conf": conf, "quants": quants, **steps_of(self)}
 
     @classmethod
     def from_meta(cls, meta: dict[str, Any]) -> Any:
@@ -120,7 +120,7 @@ class Packed(Layer):
         slots: Slots = packed.slots
         with torch.device("cpu"):                                 # these look at values; an empty layer may be asked for on the meta device
             for name, quant in meta["quants"].items():
-                setattr(packed, f"{name}_quantizer", _blank_quantizer(Quantizer(from_json(quant))))
+                setattr(packed, f"{name}_quantizer", blank_quantizer(quant, meta.get("steps", {}).get(name)))
             if slots.transform is not None or slots.adapter is not None:
                 like = torch.ones(tuple(meta["tensor"]["shape"]))
                 packed.transform = slots.transform.build(like, like[0]) if slots.transform is not None else None
@@ -131,10 +131,18 @@ class Packed(Layer):
         return f"{self.store.grid}, {self.store.grain}, shape={self.store.shape}"
 
 
-def _blank_quantizer(quantizer: Quantizer) -> Quantizer:
-    """State of the right shape for a static activation quantizer."""
+def steps_of(layer: Layer) -> dict[str, Any]:
+    """{"steps": slot -> shape}, of static activation quantizers with more than one step; else nothing."""
+    found = {name: list(q.scale.shape) for name in ("input", "output")
+             if (q := getattr(layer, f"{name}_quantizer")) is not None and q.scale is not None and q.scale.numel() > 1}
+    return {"steps": found} if found else {}
+
+
+def blank_quantizer(quant: dict[str, Any], steps: list[int] | None) -> Quantizer:
+    """A quantizer of activations with state of the right shape."""
+    quantizer = Quantizer(from_json(quant))
     if quantizer.quant.scale.keeps != "nothing":
-        quantizer.initialise(torch.ones(quantizer.quant.grain.scale_shape((1,))))
+        quantizer.initialise(torch.ones(tuple(steps or (1,))))
     return quantizer
 
 
@@ -171,7 +179,7 @@ def _convolve(conv: Any, layer: Any, x: Tensor, w: Tensor) -> Tensor:
 
 
 class PackedEmbedding(Packed):
-    """ids (...) -> (..., width): only the rows that are asked for are dequantized."""
+    """ids (...) -> (..., width); the whole table is dequantized."""
 
     conf = ("padding_idx",)
     padding_idx: int | None

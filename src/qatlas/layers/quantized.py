@@ -91,6 +91,7 @@ class Quantized(Layer):
 
     replaces: ClassVar[type[nn.Module]]
     weight: Any                                                   # nn.Parameter; the torch class behind it declares it
+    bias: Any
     weight_quantizer: Quantizer | RowsQuantizer | None
     _known: Known | None
     _stamp: tuple | None
@@ -138,14 +139,16 @@ class Quantized(Layer):
         w = self.source()
         if self.weight_quantizer is not None:
             shift = None if self.adapter is None else self.adapter.shift(w)
-            known = self._keep(w, shift) if self.keep == "buffer" and self.weight_quantizer.on else None
+            follows = any(True for _ in self.weight_quantizer.buffers())      # a moving scale moves in every forward: nothing to keep
+            known = self._keep(w, shift) if self.keep == "buffer" and self.weight_quantizer.on and not follows else None
             w = self.weight_quantizer(w, shift, known)
         return w if self.adapter is None else self.adapter.after(w)
 
     def multiply(self, q: Tensor) -> Tensor:
-        if self.keep != "recompute" or not torch.is_grad_enabled():
-            return self.product(q, self.computed())
         w = self.computed()
+        w = w.to(q.dtype) if q.is_floating_point() else w          # a model in bf16 computes in bf16, from fp32 masters
+        if self.keep != "recompute" or not torch.is_grad_enabled():
+            return self.product(q, w)
         if torch.is_autocast_enabled(q.device.type):
             w = w.to(torch.get_autocast_dtype(q.device.type))      # else autocast would save a copy that the hook does not know
         with self._unsaved(w):
@@ -210,11 +213,11 @@ class Quantized(Layer):
     def _keep(self, w: Tensor, shift: Tensor | None) -> Known:
         assert self.weight_quantizer is not None
         parts = [self.weight, *self.weight_quantizer.parameters(), *(self.adapter.parameters() if self.adapter is not None else ())]
-        stamp = tuple((id(part), part._version) for part in parts)
+        stamp = tuple((id(part), part._version, part.device, part.dtype) for part in parts)
         if self._stamp != stamp or self._known is None:
-            fresh = self.weight_quantizer.known(w.detach(), shift)
-            if self._known is not None and self._known.value.shape == fresh.value.shape:
-                fresh = fresh._replace(value=self._known.value.copy_(fresh.value))
+            fresh, old = self.weight_quantizer.known(w.detach(), shift), None if self._known is None else self._known.value
+            if old is not None and (old.shape, old.device, old.dtype) == (fresh.value.shape, fresh.value.device, fresh.value.dtype):
+                fresh = fresh._replace(value=old.copy_(fresh.value))
             self._known, self._stamp = fresh, stamp
         return self._known
 
@@ -236,6 +239,10 @@ class Quantized(Layer):
 
         with torch.autograd.graph.saved_tensors_hooks(save, restore):
             yield
+
+    def bias_in(self, x: Tensor) -> Tensor | None:
+        """The bias, in the type of x."""
+        return None if self.bias is None else self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"weight={tuple(self.weight.shape)}, keep={self.keep}"

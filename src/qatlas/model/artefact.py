@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from ..core.error import CheckpointError, QuantError, nearest
 from ..core.noun import from_json
-from ..core.quantizer import Quantizer
-from ..layers.packed import Packed, Store
+from ..layers.packed import Packed, Store, blank_quantizer, steps_of
 from ..layers.quantized import Layer, Quantized
 
 METHOD, VERSION = "qatlas", 1
@@ -80,7 +79,7 @@ def metas(layers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         names[id(layer)] = name
         if not isinstance(layer, Packed):
             quants = {slot: q.quant.to_json() for slot in ("input", "output") if (q := getattr(layer, f"{slot}_quantizer")) is not None}
-            out[name] = {"layer": type(layer).__name__, "slots": layer.slots.to_json(), "quants": quants}
+            out[name] = {"layer": type(layer).__name__, "slots": layer.slots.to_json(), "quants": quants, **steps_of(layer)}
             continue
         first = names.setdefault(id(layer.store), name)
         out[name] = layer.to_meta() | ({"tied": first} if first != name else {})
@@ -183,11 +182,8 @@ def _half(module: nn.Module, meta: dict[str, Any]) -> Any:
     kinds = {sub.__name__: sub for sub in Quantized.__subclasses__()}
     layer = kinds[meta["layer"]].of(module, from_json(meta["slots"]))
     for slot, quant in meta["quants"].items():
-        quantizer = Quantizer(from_json(quant))
-        if quantizer.quant.scale.keeps != "nothing":
-            with torch.device("cpu"):
-                quantizer.initialise(torch.ones(quantizer.quant.grain.scale_shape((1,))))
-        setattr(layer, f"{slot}_quantizer", quantizer)
+        with torch.device("cpu"):
+            setattr(layer, f"{slot}_quantizer", blank_quantizer(quant, meta.get("steps", {}).get(slot)))
     return layer
 
 

@@ -114,7 +114,7 @@ def describe(model: nn.Module, batch: Any = None) -> Coverage:
         owned |= {id(p) for p in quantizer.parameters()}
     cover.silent = [name for name, n in (calls or {}).items() if 0 in n and not _shared(model, name)]
     cover.unreached = [name for name, p in model.named_parameters() if p.dim() > 1 and p.numel() > max(p.shape) and id(p) not in owned
-                       and not any(name == f or name.startswith(f + ".") for f in full if f) and "embed" not in name]
+                       and not any(name == f or name.startswith(f + ".") for f in full if f) and "embed" not in name.rpartition(".")[2]]
     return cover
 
 

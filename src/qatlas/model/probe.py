@@ -37,7 +37,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Inside, forwards may change buffers, modes and random numbers; outside nothing has happened."""
     kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
     modes = [(module, module.training) for module in model.modules()]
-    with torch.random.fork_rng(devices=[]):
+    cards = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=cards):
         try:
             yield
         finally:

@@ -9,7 +9,8 @@ gives it the Quant of the slot `signal`: "*.q_proj:output" of a layer, "*.self_a
 "*.c_attn[q]" is a part of the rows of a fused matrix (fused.py).
 
 Nothing is silent: a user's rule that matches nothing is an error with the nearest names; so are a signal that a module does not have, one parameter
-under two different Quants, and, with a target, a tensor that the target cannot hold. An embedding's input is ids, which no rule quantizes.
+under two different Quants, and, with a target, a tensor that the target cannot hold. An embedding's input is ids, which no rule quantizes. A
+rule that only keeps things full speaks of all that is inside of what it names: `keep_full("model.layers.0")` is the whole block.
 
 Layers are replaced in place by their quantized form, which shares their parameters. What was decided stays on the model as `qatlas_rules`.
 """
@@ -70,8 +71,12 @@ class Rule(Noun):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "where", str(self.where))
+        others = [field.name for field in fields(self) if field.name not in ("where", "signal", "optional") and getattr(self, field.name) != UNSET]
         if self.signal != UNSET and ":" not in self.where:
             raise RuleError(f"Rule({self.where!r}, signal=...): a signal has an address, for instance {self.where + ':output'!r}")
+        if ":" in self.where and (others or self.signal == UNSET):
+            glob, said = self.where.partition(":")[0], f", {others[0]}=..." if others else ""
+            raise RuleError(f"Rule({self.where!r}{said}): an address takes signal= and nothing else; other slots belong to {glob!r}")
         if self.rows and set(self.said()) - {"weight"}:
             raise RuleError(f"Rule({self.where!r}): rows of a matrix have a weight of their own and nothing else; write {self.glob!r} for the rest")
 
@@ -136,6 +141,8 @@ def quantize(model: nn.Module, rules: str | Sequence[Rule], task: Any = None) ->
     if taken:
         raise RuleError(f"{taken[0]} is quantized already, and {len(taken) - 1} more modules; start from the full-precision model")
     plan, inside = _plan(model, rules)
+    if "" in plan:
+        raise RuleError(f"the model is itself one {type(model).__name__}, which has no place to be replaced in; wrap it: nn.Sequential(model)")
     if getattr(task, "target", None):
         plan = _fitted(model, plan, task.target)
     _check_tied(model, plan)
@@ -160,11 +167,13 @@ def quantized(model: nn.Module) -> dict[str, Quantized]:
 
 
 def reachable(model: nn.Module) -> dict[str, type[Quantized]]:
-    """Module name -> the quantized layer that can stand in its place. A subclass with a forward of its own is not reachable."""
+    """Module name -> the quantized layer that can stand in its place. A subclass or a module with a forward of its own (hooks of
+    accelerate's device maps), or one whose weight is computed (weight_norm), is not reachable."""
     found = {}
     for name, module in model.named_modules():
         for layer in LAYERS:
-            if isinstance(module, layer.replaces) and type(module).forward is layer.replaces.forward:
+            plain = type(module).forward is layer.replaces.forward and "forward" not in module.__dict__ and "weight" in module._parameters
+            if isinstance(module, layer.replaces) and plain:
                 found[name] = layer
     return found
 
@@ -180,7 +189,7 @@ def _plan(model: nn.Module, rules: Sequence[Rule]) -> tuple[dict[str, Slots], di
         said: dict[str, Any] = {}
         has = _signals(layers.get(name), modules.get(name))
         for index, rule in enumerate(rules):
-            if not (rule.matches(name, role.get(name, set())) and rule.address in ("", *has) and (not rule.rows or name in parted)):
+            if not (_meant(rule, name, role) and rule.address in ("", *has) and (not rule.rows or name in parted)):
                 continue
             if name in layers or not _wants(rule) or rule.address:
                 used.add(index)
@@ -217,6 +226,14 @@ def _kept(rule: Rule) -> dict[str, None]:
 def _slots(said: dict[str, Any], layer: type[Quantized]) -> Slots:
     fit = ("weight", "output", "keep") if layer is QEmbedding else [field.name for field in fields(Slots)]
     return Slots(**{slot: value for slot, value in said.items() if slot in fit})
+
+
+def _meant(rule: Rule, name: str, role: dict[str, set[Role]]) -> bool:
+    """Whether a rule speaks of this name: by itself or, where it only keeps things full, by something that it is inside of."""
+    names = [name]
+    while not _wants(rule) and not rule.address and not rule.rows and "." in names[-1]:
+        names.append(names[-1].rpartition(".")[0])
+    return any(rule.matches(each, role.get(each, set())) for each in names)
 
 
 def _wants(rule: Rule) -> bool:
@@ -265,10 +282,11 @@ def _check_tied(model: nn.Module, plan: dict[str, Slots]) -> None:
         if weight is not None:
             owners.setdefault(id(weight), []).append(name)
     for names in owners.values():
-        said = {plan[name].weight if name in plan else None for name in names}
-        if len(said) > 1:
+        all_said = [plan.get(name, Slots()) for name in names]
+        said = {(slots.weight, slots.transform, slots.adapter) if slots.weight is not None else None for slots in all_said}
+        if len(said) > 1:                                         # one quantizer serves them all, so they must show it the same tensor
             raise RuleError(f"{' and '.join(names)} share one weight but the rules give them different numbers; "
-                            "give both the same Quant, or untie them")
+                            "give both the same Quant, transform and adapter, or untie them")
 
 
 def _replace(model: nn.Module, plan: dict[str, Slots], peak: dict[str, Tensor]) -> None:

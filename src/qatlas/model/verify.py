@@ -1,7 +1,8 @@
 """Verify: what was trained is what runs. Every claim of equality is a `Proof`: what was compared, by whose reader, and how it came out.
 
     sha256               the files are those that the run wrote (where its record has their sums)
-    from_pretrained      the saved directory through transformers: the same logits, bit for bit
+    from_pretrained      the saved directory through transformers: the logits of the trained model, bit for bit, where that is still in memory;
+                         and the same through the Auto class
     the format's reader  every weight of the exported file: the same values, bit for bit
     transformers         the exported file dequantized: the same logits as the trained model with its input quantizers off
     the engine           llama.cpp itself: close, not equal, since it rounds the inputs of every product in its own way (see export.gguf.llamacpp)
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from ..core.error import CheckpointError, FormatError, QatlasError
 from ..core.qtensor import QTensor
 from ..export import target as find_target
-from ..layers.packed import Packed
+from ..layers.quantized import Layer
 from .pack import checkpoint, load_packed
 
 ENGINE_TOLERANCE = 0.5                                            # of a log-probability: beyond it the file does not mean what we think
@@ -51,11 +52,11 @@ def exports(directory: Path) -> dict[str, Path]:
 
 
 def verify(directory: str | Path, target: str | None = None, prompts: Sequence[Sequence[int]] = (),
-           sums: Mapping[str, str] | None = None) -> list[Proof]:
+           sums: Mapping[str, str] | None = None, trained: nn.Module | None = None) -> list[Proof]:
     """Read back what a run's directory holds, and compare it with the packed model there.
 
     target: one export only. prompts: token ids to ask a language model about; a few fixed ones when empty. sums: file -> sha256, as the run's record
-    has them.
+    has them. trained: the packed model that was saved there, where it is still in memory; without it what was saved is what was loaded.
 
     Raises:
         FormatError: an export that is not there. CheckpointError: a directory that is no model.
@@ -73,10 +74,11 @@ def verify(directory: str | Path, target: str | None = None, prompts: Sequence[S
             raise
         return [*proofs, Proof("the saved directory loads", "transformers from_pretrained", False, str(error))]
     asked = _questions(model, prompts)
-    proofs.append(_reloaded(model, directory, asked))
+    proofs += [] if trained is None else [_reloaded(trained, model, asked)]
+    proofs.append(_auto(model, directory, asked))
     for name, path in found.items():
         if target in (None, name):
-            proofs += _export(model, name, path, asked)
+            proofs += _export(model if trained is None else trained, name, path, asked)
     return proofs
 
 
@@ -104,14 +106,21 @@ def _questions(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     return list(torch.randint(low, model.config.vocab_size, (8, 1, 16), generator=draw))
 
 
-def _reloaded(model: nn.Module, directory: Path, asked: list[Tensor]) -> Proof:
+def _reloaded(trained: nn.Module, model: nn.Module, asked: list[Tensor]) -> Proof:
+    same = torch.equal(_answers(trained, asked), _answers(model, asked))
+    return Proof("the saved directory computes what the trained model computes", "transformers from_pretrained", same,
+                 f"logits of {len(asked)} prompts {'equal' if same else 'differ'}")
+
+
+def _auto(model: nn.Module, directory: Path, asked: list[Tensor]) -> Proof:
+    """Says only that the general way of loading finds the same class and settings: both sides read the same file."""
     import transformers
 
     name = type(model).__name__
     auto = next((auto for end, auto in AUTO.items() if name.endswith(end)), "AutoModelForCausalLM")
     again = getattr(transformers, auto).from_pretrained(directory, local_files_only=True)
     same = torch.equal(_answers(model, asked), _answers(again, asked))
-    return Proof("the saved directory computes what the packed model computes", "transformers from_pretrained", same,
+    return Proof(f"{auto} loads the directory as {name} does", "transformers from_pretrained", same,
                  f"logits of {len(asked)} prompts {'equal' if same else 'differ'}")
 
 
@@ -171,8 +180,9 @@ def _answers(model: Any, asked: list[Tensor]) -> Tensor:
 
 @contextlib.contextmanager
 def _inputs_off(model: nn.Module) -> Iterator[None]:
-    """Input quantizers off: a file of weights cannot hold them."""
-    found = [(q, q.on) for layer in model.modules() if isinstance(layer, Packed) and (q := layer.input_quantizer) is not None]
+    """Input and output quantizers off: a file of weights cannot hold them."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Layer)]
+    found = [(q, q.on) for layer in layers for q in (layer.input_quantizer, layer.output_quantizer) if q is not None]
     for quantizer, _ in found:
         quantizer.on = False
     try:

@@ -91,7 +91,8 @@ def text(address: str, held_out: str | None = None) -> Text:
     whole = _whole_text(address)
     if held_out is not None:
         return Text(whole, _whole_text(held_out))
-    cut = whole.rfind("\n", 0, len(whole) - len(whole) // HELD) + 1 or len(whole) - len(whole) // HELD
+    at, slack = len(whole) - len(whole) // HELD, len(whole) // HELD
+    cut = whole.rfind("\n", at - slack, at) + 1 or at             # at the end of a line, where one is near
     return Text(whole[:cut], whole[cut:])
 
 

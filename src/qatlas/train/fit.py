@@ -16,7 +16,7 @@ import contextlib
 import math
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -107,19 +107,24 @@ def _begin(loop: Loop, train: str | Sequence[str], optimizer: Optimizer, tactics
         for i, (tactic, state) in enumerate(zip(tactics, point.plain["tactics"], strict=True)):
             own = {name.partition(".")[2]: t for name, t in point.tensors.get("tactics.safetensors", {}).items() if name.startswith(f"{i}.")}
             tactic.load_state_dict({**state, **own})
+        _widen(trained(loop.model, train))                        # what was saved is fp32 already
         load_state(loop.model, point.tensors["model.safetensors"])
         loop.step, loop.history = point.step, History(**point.plain["history"])
     loop.names = trained(loop.model, train)
     for parameter in loop.model.parameters():
         parameter.requires_grad_(parameter in loop.names)
-    for parameter in loop.names:
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.float()
+    _widen(loop.names)
     loop.optimizer = optimizer.build(loop.model, loop.names)
     if point is not None and not point.finished:
         load_optimizer(loop.optimizer, loop.names, point.tensors["optimizer.safetensors"], point.plain["optimizer"])
         load_random({name: t[loop.accelerator.process_index] for name, t in point.tensors["rng.safetensors"].items()})
     loop.refresh()
+
+
+def _widen(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
 
 
 def _steps(loop: Loop, run: Run, phase: Phase, schedule: Callable[[float], float], objective: Loss, tactics: Sequence[Tactic],

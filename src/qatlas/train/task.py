@@ -229,7 +229,9 @@ def _windows(ids: Iterable[int], length: int, name: str) -> np.ndarray:
 def _conversations(messages: Any, held_out: str | None) -> tuple[list[Any], list[Any]]:
     if not isinstance(messages, str):
         cut = max(1, len(messages) // data.HELD)
-        return list(messages[:-cut] or messages), list(messages[-cut:])
+        if len(messages) <= cut:
+            raise DataError(f"{len(messages)} conversations are too few to hold one out; give two or more")
+        return list(messages[:-cut]), list(messages[-cut:])
     found = data.table(messages, held_out)
     return _talks(messages, found.train), _talks(messages, found.held_out)
 
