@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import llama, quantized, task
 
+import qatlas.record
 import qatlas.train
 from qatlas.core.error import RunError
 from qatlas.train.fit import fit
