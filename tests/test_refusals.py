@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -64,6 +65,7 @@ def spoilt(llama_dir, tmp_path):
     (["lsq", "--steps", "0"], ["steps=0"]),
     (["lsq", "--batch", "0"], ["at least one row"]),
     (["lsq", "--bits", "9.5"], ["9.5"]),
+    (["lsq", "--bits", "1"], ["bits=1"]),
     (["lsq", "--input_bits", "0"], ["bits"]),
     (["lsq", "--warmup", "2"], ["warmup"]),
     (["lsq", "--config", "none.yaml"], ["none.yaml"]),
@@ -71,7 +73,11 @@ def spoilt(llama_dir, tmp_path):
     (["export", "nowhere"], ["--target"]),
     (["export", "nowhere", "--target", "gguf:q4_0"], ["nowhere"]),
     (["verify", "nowhere"], ["nowhere"]),
-    (["eval", "nowhere"], ["nowhere", "record.json"]),
+    (["eval", "nowhere"], ["nowhere", "record.json", "--data"]),
+    (["eval", "zoo:gpt"], ["zoo:gpt", "--data"]),
+    (["generate", "zoo:gpt", "--tokens", "0"], ["tokens=0"]),
+    (["generate", "zoo:gpt", "--prompt", ""], ["prompt", "no tokens"]),
+    (["run", "lsq", "--model", "zoo:vit"], ["builtin:docs", ".npz"]),
     (["report", "nowhere"], ["nowhere", "record.json"]),
     (["generate", "./nowhere"], ["there is no directory ./nowhere"]),
     (["show"], ["paper"]),
@@ -81,6 +87,14 @@ def spoilt(llama_dir, tmp_path):
 def test_words_that_mean_nothing(refused, argv, words):
     said = refused(*argv)
     assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize("shape, words", [((40, 28, 28), ["1 x 28 x 28"]), ((40, 16, 16, 3), ["3 x 16 x 16"])])
+def test_images_that_the_model_cannot_take(refused, tmp_path, shape, words):
+    file = tmp_path / "images.npz"
+    np.savez(file, x_train=np.arange(np.prod(shape)).reshape(shape).astype(np.uint8), y_train=np.arange(40) % 10)
+    said = refused("run", "lsq", "--model", "zoo:vit", "--data", file)
+    assert all(word in said for word in (*words, "images.npz", "zoo:vit")), said
 
 
 def test_bits_that_the_target_cannot_hold(refused):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from . import table
-from .core.error import CheckpointError, FormatError, QatlasError, unknown
+from .core.error import CheckpointError, DataError, FormatError, QatlasError, unknown
 from .flags import Parser, essay, first_line, run_parser
 
 
@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def command(argv: list[str]) -> int:
     """Find the command and run it."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
+        print("Quantization-aware training: each published method one readable file, on anyone's model, exported bit for bit.\n")
+        print(__doc__.partition("\n\n")[2])
         print("commands:\n" + "\n".join(f"  {name:9} {first_line(function)}" for name, function in COMMANDS.items()))
         print("\n  qatlas COMMAND --help teaches the rest")
         return 0
@@ -162,7 +163,10 @@ def evaluate(directory: str, data: str | None = None, length: int | None = None,
     from .train.run import Run
 
     quiet()
-    ran = Record.read(directory) if data is None or (Path(directory) / "record.json").is_file() else None
+    if data is None and not (Path(directory) / "record.json").is_file():
+        raise DataError(f"{directory} holds no record.json that says what it was trained on; say what to judge it on: --data FILE, a hub id, "
+                        "or builtin:docs")
+    ran = Record.read(directory) if (Path(directory) / "record.json").is_file() else None
     settings = {"task": "auto", "length": 256, **{key: ran.job[key] for key in ("task", "length") if ran and key in ran.job}}
     if length is not None:
         settings["length"] = length

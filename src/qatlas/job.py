@@ -3,8 +3,8 @@
     load -> judge in full precision -> the paper (quantize, judge, train) -> judge -> pack -> export -> read back -> report
 
 `Job` is what all papers share and no paper repeats: the model, the data, the target, the directory, the seed. A paper's own arguments are those of
-its function. `run` is what `qatlas run` and `qatlas demo` call; `plan` stops before training. What the target cannot hold is refused before anything
-is judged or trained.
+its function. `run` is what `qatlas run` and `qatlas demo` call; `plan` stops before training. A model that the target does not know is refused before
+anything is judged, numbers that it cannot hold before anything is trained.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -32,6 +33,7 @@ from .keep import export, folder, place
 from .model.coverage import describe
 from .model.load import load, speciality
 from .model.pack import pack
+from .model.probe import undisturbed
 from .model.verify import verify
 from .record import Record, Watch, weight_errors
 from .report import report
@@ -54,7 +56,7 @@ class Job:
         data: a hub id, a file (.txt .md .jsonl .json .csv .parquet .npz), or builtin:docs.
         task: lm, chat, classification or image; auto looks at the model.
         out: the directory of all that the run leaves behind.
-        target: the artefact to train for and to write, such as gguf:tq2_0; none trains for the packed directory only.
+        target: the artefact to train for and to write, such as gguf:tq2_0 (`qatlas doctor` lists them); none trains for the packed directory only.
         rules: a JSON file of extra rules, which stand before the paper's.
         seed: of the data order and all else that is drawn.
         resume: go on from the resume points in out.
@@ -173,12 +175,13 @@ def plan(name: str, arguments: dict[str, Any], job: Job) -> dict[str, Any]:
     control.plan = True
     torch.manual_seed(job.seed)
     model, _, task = prepare(job, control)
+    parameters = sum(p.numel() for p in model.parameters())       # before scales are added
     try:
         paper(model, task, **arguments)
     except Planned as stop:
         cover = describe(model)
         held = f"none: {job.target} holds every tensor" if job.target else "none: no target is asked for"
-        return {"model": job.model, "parameters": sum(p.numel() for p in model.parameters()), "target": job.target or "the packed directory",
+        return {"model": job.model, "parameters": parameters, "target": job.target or "the packed directory",
                 "refusals": held, "bits": round(cover.bits, 3), "coverage": cover.table(), **stop.estimate}
     raise RunError(f"the paper {name} trains nothing, so there is nothing to plan")
 
@@ -201,8 +204,9 @@ def prepare(job: Job, control: Run) -> tuple[nn.Module, Any, Task]:
     if job.target:
         _check_target(job.target, model, tokenizer)
     if kind == "image":
-        images: Task = Images(job.data, batch=job.batch, target=job.target, extra_rules=rules, run=control)
+        images = Images(job.data, batch=job.batch, target=job.target, extra_rules=rules, run=control)
         _check_labels(job, model, images)
+        _check_images(job, model, images)
         return model, tokenizer, images
     if tokenizer is None:
         raise DataError(f"{job.model} has no tokenizer, which the task {kind!r} needs; put tokenizer.json beside its weights")
@@ -217,6 +221,17 @@ def _check_labels(job: Job, model: nn.Module, task: Task) -> None:
     if asked and has and (asked > has or asked == 1 != has):
         raise DataError(f"{job.data} has labels 0 to {asked - 1}, {job.model} answers with {has} classes; "
                         "take a model with a head for these labels" + (", or labels that are classes" if asked == 1 else ""))
+
+
+def _check_images(job: Job, model: nn.Module, images: Images) -> None:
+    """Refuse images of a size, or with channels, that the model cannot take; only the model knows, so it is asked."""
+    batch = images.take(np.arange(1), None)
+    try:
+        with undisturbed(model), torch.no_grad():
+            images.logits(model, batch)
+    except (ValueError, RuntimeError) as error:
+        shape = " x ".join(map(str, batch["pixel_values"].shape[1:]))
+        raise DataError(f"{job.model} cannot take the images of {job.data}, {shape} (channels x height x width): {error}") from None
 
 
 def _check_target(target: str, model: nn.Module, tokenizer: Any) -> None:
@@ -251,8 +266,16 @@ def read_rules(path: str | None) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def generate(model: Any, tokenizer: Any, prompt: str, tokens: int = 40) -> str:
-    """The most probable continuation of a prompt, prompt included."""
+    """The most probable continuation of a prompt, prompt included.
+
+    Raises:
+        DataError: a prompt without a token, or no token asked for.
+    """
+    if tokens < 1:
+        raise DataError(f"tokens={tokens}: ask for at least one new token")
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=True)["input_ids"]
+    if ids.numel() == 0:
+        raise DataError(f"the prompt {prompt!r} has no tokens; give a word to begin with")
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
                          pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
     return str(tokenizer.decode(out[0], skip_special_tokens=True))

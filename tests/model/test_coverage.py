@@ -46,6 +46,17 @@ def test_mean_bits_are_weighed_by_size():
     assert Coverage(rows).table()[0]["shape"] == [10, 30]
 
 
+@pytest.mark.parametrize("tie, tied", [(True, "model.embed_tokens"), (False, "")])
+def test_a_weight_of_two_layers_counts_once(tiny, tie, tied):
+    model = quantize(tiny.models["llama"](tie=tie), [*keep_full("*embed_tokens", "lm_head"), Rule("*", weight=weight(4))])
+    cover, matrices = describe(model), {id(p): p for p in model.parameters() if p.dim() == 2 and p.shape[1] > 1}
+    full = {id(model.lm_head.weight), id(model.model.embed_tokens.weight)}
+    sizes = {key: p.numel() for key, p in matrices.items()}
+    assert {row.name: row.tied for row in cover.rows}["lm_head"] == tied
+    assert cover.bits == pytest.approx(sum((32 if key in full else 4) * n for key, n in sizes.items()) / sum(sizes.values()))
+    assert describe(pack(model)).bits == pytest.approx(cover.bits)
+
+
 def test_a_quantizer_that_never_runs_is_an_error():
     """nn.TransformerEncoderLayer in eval mode goes round its submodules."""
     model = quantize(nn.TransformerEncoderLayer(64, 2, 64, dropout=0.0, batch_first=True), [*keep_full("self_attn*"), *rules()])

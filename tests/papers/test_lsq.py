@@ -11,7 +11,7 @@ from small import WORDS
 from tiny import letters
 from tiny import llama as tiny_llama
 
-from qatlas.core.error import FormatError, QatlasError
+from qatlas.core.error import FormatError, QatlasError, QuantError
 from qatlas.core.grain import Group, PerTensor
 from qatlas.core.grid import Ternary, Uniform
 from qatlas.export import target
@@ -198,3 +198,10 @@ def test_it_resumes_to_the_same_bits(tmp_path):
         one(tmp_path / "halted", stop_at=2)
     again = one(tmp_path / "halted", resume=True)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("wrong, words", [({"bits": 1}, "1.58 or of 2 to 8"), ({"bits": 9}, "bits=9"), ({"bits": 2.5}, "bits=2.5"),
+                                          ({"input_bits": 1}, "input_bits=1"), ({"input_bits": 16, "static": True}, "2 to 8")])
+def test_bits_outside_of_the_paper_are_refused(wrong, words):
+    with pytest.raises(QuantError, match=words):
+        lsq(tiny_llama(), lm(), steps=1, **wrong)

@@ -37,6 +37,7 @@ class Row:
     input: str
     bits: float
     calls: tuple[int, int] = (0, 0)
+    tied: str = ""
 
 
 @dataclass
@@ -60,9 +61,9 @@ class Coverage:
 
     @property
     def bits(self) -> float:
-        """Mean bits a weight, over all matrices (codes only)."""
-        sizes = [torch.Size(row.shape).numel() for row in self.rows]
-        return sum(row.bits * n for row, n in zip(self.rows, sizes, strict=True)) / max(sum(sizes), 1)
+        """Mean bits a weight, over all matrices (codes only); a weight that two layers share counts once."""
+        own = [(row, torch.Size(row.shape).numel()) for row in self.rows if not row.tied]
+        return sum(row.bits * n for row, n in own) / max(sum(n for _, n in own), 1)
 
     def check(self) -> Coverage:
         """Raise if anything is silent or unreached.
@@ -95,6 +96,7 @@ def describe(model: nn.Module, batch: Any = None) -> Coverage:
     role, full = roles(model), set(getattr(model, "qatlas_full", ()))
     cover = Coverage()
     owned: set[int] = set()
+    first: dict[int, str] = {}                                    # a weight -> the layer that has it first
     for name, module in model.named_modules():
         if isinstance(module, Quantized | Packed):
             own = tuple(f"{name}.{slot}_quantizer" for slot in ("weight", "input", "output"))
@@ -103,10 +105,12 @@ def describe(model: nn.Module, batch: Any = None) -> Coverage:
             shape = tuple(module.weight.shape) if isinstance(module, Quantized) else tuple(module.store.shape)
             grid = module.store.grid if isinstance(module, Packed) else None
             cover.rows.append(Row(name, type(module).__name__, _roles(role, name), shape, _say(module.slots.weight), _say(module.slots.input),
-                                  float(grid.bits if grid else module.slots.weight.bits if module.slots.weight else 32), count))
+                                  float(grid.bits if grid else module.slots.weight.bits if module.slots.weight else 32), count,
+                                  _tied(first, name, module)))
             owned |= {id(p) for p in module.parameters()}
         elif name in reachable(model) and name in full:
-            cover.rows.append(Row(name, type(module).__name__, _roles(role, name), tuple(module.weight.shape), "full", "full", 32.0))
+            cover.rows.append(Row(name, type(module).__name__, _roles(role, name), tuple(module.weight.shape), "full", "full", 32.0,
+                                  tied=_tied(first, name, module)))
             owned |= {id(p) for p in module.parameters()}
     for address, quantizer in inner.installed(model).items():
         train, evaluation = (calls or {}).get(address.replace(":", ".") + "_quantizer", (0, 0))
@@ -116,6 +120,12 @@ def describe(model: nn.Module, batch: Any = None) -> Coverage:
     cover.unreached = [name for name, p in model.named_parameters() if p.dim() > 1 and p.numel() > max(p.shape) and id(p) not in owned
                        and not any(name == f or name.startswith(f + ".") for f in full if f) and "embed" not in name.rpartition(".")[2]]
     return cover
+
+
+def _tied(first: dict[int, str], name: str, module: Any) -> str:
+    """The layer before this one that has the same weight, or an empty string."""
+    before = first.setdefault(id(module.store if isinstance(module, Packed) else module.weight), name)
+    return "" if before == name else before
 
 
 def _calls(model: nn.Module, batch: Any) -> dict[str, list[int]]:

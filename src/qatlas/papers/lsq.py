@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..core.error import QuantError
 from ..core.estimator import Clip
 from ..core.grain import Grain, Group, PerChannel, PerTensor, PerToken
 from ..core.grid import Grid, Ternary, Uniform
@@ -41,6 +42,8 @@ from ..train.optim import AdamW
 from ..train.schedule import cosine
 from ..train.task import Task
 from ..train.teacher import Distil, Teacher
+
+WHOLE = range(2, 9)                                               # at 1 bit the integers are -1 and 0: no grid of weights
 
 
 def lsq(model: nn.Module, task: Task, *, bits: float = 4, input_bits: int | None = None, group: int | None = None, static: bool = False,
@@ -62,6 +65,9 @@ def lsq(model: nn.Module, task: Task, *, bits: float = 4, input_bits: int | None
 
     Returns:
         The model, its layers quantized and trained, in eval mode.
+
+    Raises:
+        QuantError: bits that LSQ does not speak of.
     """
     teacher = Teacher.of(model) if distil else None
     grain: Grain = PerChannel() if group is None else Group(group)
@@ -76,11 +82,15 @@ def lsq(model: nn.Module, task: Task, *, bits: float = 4, input_bits: int | None
 
 def signed(bits: float) -> Grid:
     """The grid of so many bits: ternary, or integers."""
-    return Ternary() if bits == 1.58 else Uniform(int(bits) if bits == int(bits) else bits)  # type: ignore[arg-type]
+    if bits != 1.58 and bits not in WHOLE:
+        raise QuantError(f"LSQ takes weights of 1.58 or of 2 to 8 whole bits, not bits={bits:g}")
+    return Ternary() if bits == 1.58 else Uniform(int(bits))
 
 
 def of_input(bits: int, static: bool) -> Quant:
     """Of a layer's input: a fresh step a token, or a learned one a tensor, its signedness decided by calibration."""
+    if bits not in WHOLE:
+        raise QuantError(f"LSQ takes inputs of 2 to 8 whole bits, not input_bits={bits:g}")
     if not static:
         return Quant(Uniform(bits), PerToken(), AbsMax())
     return Quant(Uniform(bits, None), PerTensor(), Learned(AbsMean(2.0, per_root=True), over="token"), Clip())

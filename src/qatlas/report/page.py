@@ -148,7 +148,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 
 def _covered(record: Record) -> str:
     quantized = sum(_row(row)["quantized"] for row in record.coverage)
-    numel = [math.prod(row.get("shape") or [0]) for row in record.coverage]
+    numel = [0 if row.get("tied") else math.prod(row.get("shape") or [0]) for row in record.coverage]
     inside = sum(n for n, row in zip(numel, record.coverage, strict=True) if _row(row)["quantized"])
     return f"{quantized} of {len(record.coverage)} matrices quantized, {100 * inside / max(sum(numel), 1):.1f} % of their weights"
 

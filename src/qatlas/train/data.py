@@ -103,7 +103,7 @@ def table(address: str, held_out: str | None = None, columns: Iterable[str] = ()
         DataError: nothing there, no rows, columns that are missing (naming those found) or of unequal length.
     """
     if address.startswith(ROOT):
-        raise DataError(f"{address} is a text, not a table; give a .jsonl, .csv or .parquet file or a Hub id")
+        raise DataError(f"{address} is a text, not a table; give a .jsonl, .csv, .parquet or (images) .npz file, or a Hub id")
     train, held = _splits(address)
     held = _splits(held_out)[0] if held_out is not None else held
     if held is None:

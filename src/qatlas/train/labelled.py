@@ -182,7 +182,8 @@ def _pixels(source: str, rows: dict[str, Any]) -> Tensor:
     else:
         column = next((name for name in ("jpeg", "image", "img") if name in rows), None)
         if column is None:
-            raise DataError(f"{source} has no images: found {', '.join(rows)}; wanted x (.npz), jpeg or image")
+            raise DataError(f"{source} has no images: found {', '.join(rows)}; "
+                            "wanted x and y, or x_train, y_train, x_test, y_test (.npz), or rows with jpeg or image, and label")
         decoded = [_decoded(value) for value in rows[column]]
         if len({image.shape for image in decoded}) > 1:
             sizes = ", ".join(map(str, sorted({image.shape for image in decoded})))
