@@ -1,4 +1,4 @@
-"""Pages that are made from the code: docs/papers/*.md from the papers' heads, and the tree in README.md from the first line of each file's head.
+"""Pages that are made from the code: docs/papers/*.md from the papers' heads; README's shelf and tree from the first line of each head.
 
     python runs/pages.py          # write them; a test holds that they are up to date
 """
@@ -12,7 +12,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "qatlas"
-BEGIN, END = "<!-- tree -->\n", "<!-- /tree -->"
 
 
 def head(path: Path) -> str:
@@ -37,13 +36,36 @@ def tree() -> str:
     return "```\n" + "\n".join(f"{name:{wide}}  {text}" for name, text in rows) + "\n```\n"
 
 
+def shelf() -> str:
+    """One row for each paper: its title, and what its argument `bits` says."""
+    from qatlas import papers
+
+    rows = [f"| [`{name}`](docs/papers/{name}.md) | {first(SOURCE / 'papers' / f'{name}.py')} | {says(name).get('bits', '').rstrip('.')} |"
+            for name in papers.names()]
+    return "\n".join(["| paper | what | bits |", "|---|---|---|", *rows]) + "\n"
+
+
+def says(name: str) -> dict[str, str]:
+    """Argument of a paper's function -> its line in the docstring."""
+    from qatlas import papers
+
+    return dict(re.findall(r"^\s*(\w+): (.*)$", inspect.getdoc(papers.paper(name)) or "", re.M))
+
+
+def between(text: str, mark: str, made: str) -> str:
+    """A text with what stands between <!-- mark --> and <!-- /mark --> made anew."""
+    begin, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
+    before, rest = text.split(begin)
+    return before + begin + made + end + rest.split(end)[1]
+
+
 def paper(name: str) -> str:
     """The page of a paper: its head as text, its function's arguments as a table."""
     from qatlas import papers
 
     module, function = papers.module(name), papers.paper(name)
-    says = dict(re.findall(r"^\s*(\w+): (.*)$", inspect.getdoc(function) or "", re.M))
-    rows = [f"| `--{p.name}` | `{p.default}` | {says.get(p.name, '')} |" for p in inspect.signature(function).parameters.values()
+    told = says(name)
+    rows = [f"| `--{p.name}` | `{p.default}` | {told.get(p.name, '')} |" for p in inspect.signature(function).parameters.values()
             if p.kind is inspect.Parameter.KEYWORD_ONLY]
     title, _, body = inspect.getdoc(module).partition("\n")
     flags = "\n".join(["| flag | default | |", "|---|---|---|", *rows])
@@ -61,8 +83,7 @@ def pages() -> dict[Path, str]:
     from qatlas import papers
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, rest = readme.split(BEGIN)
-    made = {ROOT / "README.md": before + BEGIN + tree() + END + rest.split(END)[1]}
+    made = {ROOT / "README.md": between(between(readme, "shelf", shelf()), "tree", tree())}
     return made | {ROOT / "docs" / "papers" / f"{name}.md": paper(name) for name in papers.names()}
 
 

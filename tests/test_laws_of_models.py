@@ -159,7 +159,9 @@ def test_law_9_every_paper_runs_resumes_and_exports(name: str, tmp_path: Path) -
 @pytest.mark.parametrize("name", papers.names())
 def test_a_paper_is_one_file_with_an_essay_and_one_function(name: str) -> None:
     module = papers.module(name)
-    assert len((module.__doc__ or "").splitlines()) > 10 and "arXiv" in module.__doc__
+    essay = module.__doc__ or ""
+    assert len(essay.splitlines()) > 10, "the head is an essay of more than ten lines: the idea, formulas, sources, what is done otherwise"
+    assert "arXiv" in essay, 'the essay gives the arXiv number, or says "not on arXiv"'
     signature = inspect.signature(getattr(module, name))
     assert list(signature.parameters)[:2] == ["model", "task"]
     rest = list(signature.parameters.values())[2:]

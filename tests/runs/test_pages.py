@@ -30,3 +30,12 @@ def test_readme_names_the_two_commands():
     for command in ("demo", "test"):
         assert f"make {command}" in readme and f"\n{command}:" in make
     assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_the_shelf_has_a_row_for_each_paper_and_the_rest_of_a_text_stays():
+    made = pages()
+    from qatlas import papers
+
+    rows = made.shelf().splitlines()[2:]
+    assert all(f"[`{name}`](docs/papers/{name}.md)" in row for name, row in zip(papers.names(), rows, strict=True))
+    assert made.between("a <!-- x -->\nold<!-- /x --> b", "x", "new\n") == "a <!-- x -->\nnew\n<!-- /x --> b"
