@@ -128,13 +128,14 @@ def test_law_9_every_paper_runs_resumes_and_exports(name: str, tmp_path: Path) -
     paper = papers.paper(name)
 
     class Stop(Tactic):
-        """Break off in the first fit, after so many steps."""
+        """Break off after so many steps of all fits together."""
 
         def __init__(self, at: int = 99) -> None:
-            self._at = at
+            self._left = at
 
         def after(self, loop: Any) -> None:
-            if loop.task.run.phases == 1 and loop.step + 1 >= self._at:
+            self._left -= 1
+            if self._left == 0:
                 raise KeyboardInterrupt
 
     def trained(out: Path, resume: bool = False, at: int = 99) -> nn.Module:

@@ -91,12 +91,20 @@ class Snap(torch.autograd.Function):
 
 def forward(x: Tensor, place: Place, shift: Tensor | None, quant: Quant) -> tuple[Tensor, Tensor, Place]:
     """The one formula: -> y, v, and the place with which v is decoded (cast to the stored type; refitted if the quant says so)."""
-    settled = settle(place, quant)
+    settled, x = settle(place, quant), bounded(x, quant.clip)
     u = locate(x, settled)
     v = quant.grid.snap(u if shift is None else u + shift)
     if quant.refit:
         settled = settled._replace(s=quant.scale.cast(refit(x, v, settled)))
     return decode(v, settled), v, settled
+
+
+def bounded(x: Tensor, clip: float | None) -> Tensor:
+    """x cut to +-clip; its gradient passes strictly inside only."""
+    if clip is None:
+        return x
+    cut = x.detach().clamp(-clip, clip)
+    return torch.where(x.abs() < clip, x, cut) if x.requires_grad else cut
 
 
 def settle(place: Place, quant: Quant) -> Place:
@@ -120,15 +128,16 @@ def refit(x: Tensor, v: Tensor, place: Place) -> Tensor:
 def pull(g: Tensor, x: Tensor, place: Place, shift: Tensor | None, quant: Quant, strength: float) -> tuple[Tensor | None, ...]:
     """The gradients of (x, s, zero, offset, shift) by closed form."""
     grid, raw, place = quant.grid, place.s, settle(place, quant)
-    u = locate(x, place)
+    u = locate(bounded(x, quant.clip), place)
     u = u if shift is None else u + shift
     v = grid.snap(u)
     dx = quant.estimator(g, u, v, grid)
+    dshift = None if shift is None else dx * place.s
+    dx = dx if quant.clip is None else dx * (x.abs() < quant.clip)
     ds = (g * quant.scale.slope(u, v, place.zero, grid)).sum(-1, keepdim=True) * strength
     if quant.scale.sign == "abs":
         ds = torch.where(raw < 0, -ds, ds)                        # d|s|/ds
     outside = g if place.zero is None and place.offset is None else g * ~grid.inside(u, quant.scale.margin)
     dzero = None if place.zero is None else -(outside * place.s).sum(-1, keepdim=True) * strength
     doffset = None if place.offset is None else outside.sum(-1, keepdim=True) * strength
-    dshift = None if shift is None else dx * place.s
     return dx, ds, dzero, doffset, dshift

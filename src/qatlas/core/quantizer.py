@@ -4,6 +4,8 @@
     v = snap(u)            the nearest allowed value
     y = s (v - z)          what the layer computes with
 
+With `clip`, x is cut to +-clip before anything else, and its gradient is 0 where it lies at the cut or beyond (TernaryBERT's code).
+
 `forward` gives y with gradients, `hard` gives y without, `quantize` gives the QTensor whose `dequantize()` is y bit for bit: all three run the same
 lines (estimator.forward), which is why they cannot differ.
 
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .error import QuantError
-from .estimator import Estimator, Snap, Ste, forward, refit, settle
+from .estimator import Estimator, Snap, Ste, bounded, forward, refit, settle
 from .grain import Grain, PerChannel, PerToken
 from .grid import Grid, Uniform
 from .noun import Noun
@@ -35,6 +37,7 @@ class Quant(Noun):
     """All that is said about one tensor.
 
     refit: decode with the least-squares step of x on v instead of the step that chose v (TWN, binary nets).
+    clip: cut x to +-clip first; None cuts nothing.
 
     >>> from qatlas.core.grid import Ternary
     >>> q = Quant(Ternary(), scale=AbsMax())
@@ -47,6 +50,11 @@ class Quant(Noun):
     scale: Scale = field(default=AbsMax())
     estimator: Estimator = field(default=Ste())
     refit: bool = False
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.clip is not None and not self.clip > 0:
+            raise QuantError(f"clip={self.clip}: values are cut to +-clip; give a positive number, or None")
 
     @property
     def bits(self) -> int:
@@ -62,17 +70,21 @@ class Quant(Noun):
         """The module."""
         return Quantizer(self)
 
+    def measure(self, view: Tensor) -> Place:
+        """The place of a view by the scale, after the clip."""
+        return self.scale.measure(bounded(view, self.clip), self.grid)
+
     @torch.no_grad()
     def quantize(self, x: Tensor) -> QTensor:
         """Measure and quantize in one go, without state (also for scales that a Quantizer would keep)."""
         view = self.grain.view(working(x))
-        return pack(view, self.scale.measure(view, self.grid), None, self, tuple(x.shape))
+        return pack(view, self.measure(view), None, self, tuple(x.shape))
 
     @torch.no_grad()
     def hard(self, x: Tensor) -> Tensor:
         """The values of `quantize`, in the shape and dtype of x."""
         view = self.grain.view(working(x))
-        y, _, _ = forward(view, self.scale.measure(view, self.grid), None, self)
+        y, _, _ = forward(view, self.measure(view), None, self)
         return self.grain.back(y, x.shape).to(x.dtype)
 
 
@@ -113,7 +125,7 @@ class Quantizer(nn.Module):
         view = self.quant.grain.view(working(x))
         if not torch.isfinite(view).all():
             raise QuantError(f"a tensor of shape {tuple(x.shape)} holds NaN or infinity; a scale measured on it would spoil the layer")
-        return self._hold(self.quant.scale.measure(view, self.quant.grid))
+        return self._hold(self.quant.measure(view))
 
     def observe(self, on: bool = True) -> None:
         """From now on let x pass and remember a sample of it; `settle` ends this, `observe(False)` ends it without a result."""
@@ -139,16 +151,16 @@ class Quantizer(nn.Module):
         if isinstance(self.quant.grid, Uniform) and self.quant.grid.signed is None:
             self.quant = self.quant.but(grid=self.quant.grid.but(signed=bool(seen.min() < 0)))
         if self.quant.scale.keeps != "nothing":
-            self._hold(self.quant.scale.measure(seen, self.quant.grid))
+            self._hold(self.quant.measure(seen))
 
     def place(self, view: Tensor) -> Place:
         """The place of a view: measured, running, or learned."""
         scale = self.quant.scale
         if scale.keeps == "nothing" and self.ready:
             if scale.gradient == "statistic":
-                return scale.measure(view, self.quant.grid)
+                return self.quant.measure(view)
             with torch.no_grad():
-                return scale.measure(view.detach(), self.quant.grid)
+                return self.quant.measure(view.detach())
         if not self.ready:
             raise QuantError("a quantizer is used before it is initialised: run calibrate(model, task) before the first step")
         if scale.keeps == "buffer" and self.training and torch.is_grad_enabled():
@@ -206,7 +218,7 @@ class Quantizer(nn.Module):
         return self
 
     def _follow(self, view: Tensor) -> None:
-        now, keep = self.quant.scale.measure(view, self.quant.grid), self.quant.scale.momentum  # type: ignore[attr-defined]
+        now, keep = self.quant.measure(view), self.quant.scale.momentum  # type: ignore[attr-defined]
         for state, value in zip((self.scale, self.zero, self.offset), now, strict=True):
             if state is not None and value is not None:
                 state.mul_(keep).add_(value.squeeze(-1), alpha=1 - keep)
@@ -242,6 +254,6 @@ def pack(view: Tensor, place: Place, shift: Tensor | None, quant: Quant, shape: 
     codes = quant.grain.back(quant.grid.encode(v), shape).contiguous()
     scale: Any = place.s.squeeze(-1)
     if quant.scale.nested is not None:
-        scale = quant.scale.nest(refit(view, v, settle(Place(raw, *place[1:]), quant)) if quant.refit else raw)
+        scale = quant.scale.nest(refit(bounded(view, quant.clip), v, settle(Place(raw, *place[1:]), quant)) if quant.refit else raw)
     zero, offset = (None if t is None else t.squeeze(-1).expand(view.shape[:-1]).contiguous() for t in place[1:])
     return QTensor(codes, scale, zero, offset, quant.grid, quant.grain, quant.scale.dtype)

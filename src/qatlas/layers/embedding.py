@@ -1,4 +1,7 @@
-"""Embeddings: the table is quantized, one row a channel; the ids that come in are not numbers to quantize."""
+"""Embeddings: the table is quantized, one row a channel; the ids that come in are not numbers to quantize.
+
+Where no row's numbers depend on another row, and fewer rows are asked for than there are, only those are quantized: the same values and gradients.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.error import QuantError
+from ..core.grain import Group, PerChannel
+from ..core.quantizer import Quantizer
 from .packed import PackedEmbedding
 from .quantized import Quantized
 
@@ -25,6 +30,19 @@ class QEmbedding(Quantized, nn.Embedding):
 
     def product(self, x: Tensor, w: Tensor) -> Tensor:
         return F.embedding(x, w, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)
+
+    def multiply(self, q: Tensor) -> Tensor:
+        quantizer = self.weight_quantizer
+        if not (self.by_row and quantizer.on and q.numel() < self.num_embeddings):  # type: ignore[union-attr]
+            return super().multiply(q)
+        return quantizer(F.embedding(q.flatten(), self.weight, self.padding_idx)).unflatten(0, q.shape)  # type: ignore[misc]
+
+    @property
+    def by_row(self) -> bool:
+        """Whether a row can be quantized without the others: a scale of its own that is measured afresh, nothing kept, nothing beside."""
+        quantizer = self.weight_quantizer
+        return type(quantizer) is Quantizer and quantizer.quant.scale.keeps == "nothing" and self.adapter is None and self.keep == "each" \
+            and (quantizer.quant.grain == PerChannel() or isinstance(quantizer.quant.grain, Group)) and not self.scale_grad_by_freq
 
     def pack(self) -> PackedEmbedding:
         return PackedEmbedding.of(self.quantize(), None, self)

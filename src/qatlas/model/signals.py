@@ -7,6 +7,8 @@
     value_input
     projected                   what leaves the output projection, before dropout, residual and norm (the attention output of Teacher Intervention):
                                 one name for `o_proj`, `c_proj`, and BERT's `output.dense`, which stands beside its attention module
+    attended                    what the feed-forward part reads: the attention output after residual and norm, whether the norm closes the attention
+                                (BERT) or opens the feed-forward part (Llama, ViT). Blocks that compute both parts side by side (Phi) have none
 
 So "*:scores" or "@attention:value_input" says the same of any model, and "model.layers.3.self_attn:probabilities" of one module. An address reaches
 the matched modules that have the signal. One that matches no module, and one whose modules all lack the signal, is an error that says what there is.
@@ -33,8 +35,9 @@ PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_li
                ("q_attn", "k_attn", "v_attn"), ("query_proj", "key_proj", "value_proj"))
 FUSED = ("c_attn", "qkv_proj", "qkv", "Wqkv", "query_key_value", "in_proj", "qkv_lin", "att_proj")
 OUT = ("o_proj", "out_proj", "c_proj", "out_lin", "dense", "o", "Wo", "wo", "proj", "projection", "output_proj")
+FORWARD = ("mlp", "intermediate", "ffn", "feed_forward", "feedforward", "fc1", "lin1", "block_sparse_moe")
 PARTS = ("query_input", "key_input", "value_input")
-ALL = ("input", "output", *attention.INSIDE, *PARTS, "projected")
+ALL = ("input", "output", *attention.INSIDE, *PARTS, "projected", "attended")
 HELD = "qatlas_attention"                                         # on the model: who holds it switched, and what to go back to
 SHOWN = 5
 
@@ -50,13 +53,14 @@ class Spot(NamedTuple):
 
 @dataclass(frozen=True)
 class Attention:
-    """The names around one attention module: of its projections (query, key, value), of one matrix that makes all three, of the output projection.
-    None where there is none."""
+    """The names around one attention module: of its projections (query, key, value), of one matrix that makes all three, of the output projection,
+    of the feed-forward part that reads what comes out. None where there is none."""
 
     name: str
     parts: tuple[str, str, str] | None
     fused: str | None
     out: str | None
+    forward: str | None
 
 
 def attentions(model: nn.Module) -> dict[str, Attention]:
@@ -76,8 +80,23 @@ def attentions(model: nn.Module) -> dict[str, Attention]:
         fused = next((within + one for one in FUSED if within + one in names), None) if parts is None else None
         beside = f"{name.rpartition('.')[0]}.output.dense".lstrip(".")
         out = next((within + one for one in OUT if within + one in names), beside if name.endswith(".self") and beside in names else None)
-        found[name] = Attention(name, None if parts is None else tuple(within + part for part in parts), fused, out)  # type: ignore[arg-type]
+        named = None if parts is None else tuple(within + part for part in parts)
+        found[name] = Attention(name, named, fused, out, _forward(name, names))  # type: ignore[arg-type]
     return found
+
+
+def _forward(name: str, names: Mapping[str, nn.Module]) -> str | None:
+    """The feed-forward part behind an attention module: in the nearest module around both. None where the two stand side by side."""
+    while name:
+        name = name.rpartition(".")[0]
+        around = f"{name}." if name else ""
+        found = next((around + one for one in FORWARD if around + one in names), None)
+        if found is not None:
+            parts = [f"{at.rpartition('.')[2]} {type(module).__name__}".lower() for at, module in names.items() if at.startswith(around)]
+            norms = sum("norm" in part for part in parts)
+            config: Any = getattr(names[""], "config", None)
+            return None if norms < 2 or getattr(config, "use_parallel_residual", False) or getattr(config, "parallel_attn", False) else found
+    return None
 
 
 def matches(glob: str, name: str, role: Iterable[str] = ()) -> bool:
@@ -133,6 +152,8 @@ def _spot(name: str, signal: str, names: Mapping[str, nn.Module], around: Mappin
         at, local = name, signal
     elif signal == "projected":
         at, local = near.out, "output"
+    elif signal == "attended":
+        at, local = near.forward, "input"
     else:
         at, local = None if near.parts is None else near.parts[PARTS.index(signal)], "input"
     return None if at is None else Spot(f"{name}:{signal}", at, names[at], local)
@@ -141,7 +162,8 @@ def _spot(name: str, signal: str, names: Mapping[str, nn.Module], around: Mappin
 def has(name: str, around: Mapping[str, Attention]) -> list[str]:
     """The signals of a module."""
     near = around.get(name)
-    return ["input", "output"] + ([] if near is None else [*attention.INSIDE, *(PARTS if near.parts else ()), *(["projected"] if near.out else [])])
+    return ["input", "output"] + ([] if near is None else [*attention.INSIDE, *(PARTS if near.parts else ()), *(["projected"] if near.out else []),
+                                                        *(["attended"] if near.forward else [])])
 
 
 def _lacking(model: nn.Module, address: str, matched: list[str], names: Mapping[str, nn.Module], around: Mapping[str, Attention]) -> str:

@@ -69,6 +69,37 @@ class SGD(Optimizer):
         return torch.optim.SGD(groups, momentum=self.momentum, nesterov=self.nesterov)
 
 
+@dataclass(frozen=True)
+class BertAdam(Optimizer):
+    """Adam as BERT's authors had it: no bias correction, so the first steps are larger by up to (1 - b1) / sqrt(1 - b2) = 3.2; decoupled decay; the
+    gradient of each parameter cut to norm `clip` by itself (give `fit` clip=None). Source: google-research/bert, optimization.py."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    clip: float = 1.0
+
+    def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return Uncorrected(groups, {"lr": self.lr, "betas": self.betas, "eps": self.eps, "clip": self.clip})
+
+
+class Uncorrected(torch.optim.Optimizer):
+    """w <- w - lr (m / (sqrt(v) + eps) + decay w), m and v running means of the gradient and its square from zero. What has no gradient rests."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            (b1, b2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                nn.utils.clip_grad_norm_([p], group["clip"])
+                m, v = state["exp_avg"].lerp_(p.grad, 1 - b1), state["exp_avg_sq"].mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
+                p.mul_(1 - lr * group["weight_decay"]).addcdiv_(m, v.sqrt().add_(group["eps"]), value=-lr)
+
+
 def trained(model: nn.Module, train: str | Sequence[str]) -> dict[nn.Parameter, str]:
     """The parameters that a glob or some globs fit -> their first names. Tied parameters are found under each of their names.
 

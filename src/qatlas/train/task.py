@@ -15,6 +15,7 @@ early.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -44,6 +45,7 @@ class Task:
     rows: int
     held_rows: int
     fingerprint: str
+    begin = 0
 
     def __init__(self, batch: int, target: str | None, extra_rules: Sequence[Any], run: Run | None) -> None:
         if batch < 1:
@@ -53,10 +55,18 @@ class Task:
 
     def batch(self, step: int) -> Batch:
         """The global batch of an optimizer step: name -> (batch_size, ...). A pure function of (run.seed, step)."""
+        step += self.begin
         first = step * self.batch_size
         place = [divmod(item, self.rows) for item in range(first, first + self.batch_size)]
         index = [shuffled(self.run.seed, epoch, self.rows)[i] for epoch, i in place]
         return self.take(np.array(index), step)
+
+    def later(self, steps: int) -> Task:
+        """The same task whose step 0 is the step `steps` of this one: the second fit of a run goes on in the data where the first ended."""
+        task = copy.copy(self)
+        task.begin += steps
+        task.fingerprint = data.digest([f"{self.fingerprint}+{steps}".encode()]) if steps else self.fingerprint
+        return task
 
     def held_out(self) -> Iterator[Batch]:
         """The held-out rows in order, in batches; the last may be smaller."""

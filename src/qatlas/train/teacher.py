@@ -10,13 +10,14 @@ resume point: it is made again from where the paper took it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ..core.quantizer import Quantizer
+from ..model.taps import read
 from . import loss
 from .evaluate import judged
 from .task import Batch, Task, moved
@@ -43,6 +44,12 @@ class Teacher:
         self.model.to(next(iter(batch.values())).device)
         return task.logits(self.model, batch)
 
+    @torch.no_grad()
+    def signals(self, task: Task, batch: Batch, addresses: Iterable[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The logits, and the signals at these addresses (see model.signals), of one forward."""
+        with read(self.model, addresses) as found:
+            return self(task, batch), found
+
 
 class SelfTeacher:
     """The student itself, quantizers off."""
@@ -54,6 +61,11 @@ class SelfTeacher:
         """The logits of a batch in full precision."""
         with full_precision(self.model), judged(self.model):
             return task.logits(self.model, moved(batch, next(iter(batch.values())).device))
+
+    def signals(self, task: Task, batch: Batch, addresses: Iterable[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """As Teacher.signals."""
+        with full_precision(self.model), judged(self.model), read(self.model, addresses) as found:
+            return task.logits(self.model, batch), dict(found)
 
 
 @contextmanager
