@@ -18,7 +18,7 @@ Nothing here leans on autograd of round or clamp. Snap saves x and the scales, n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Estimator(Noun):
-    """The interface: `(g, u, v, grid) -> dx`, all of one shape."""
+    """The interface: `(g, u, v, grid) -> dx`, all of one shape. `blind`: it looks at g only, so that u and v need not be computed."""
+
+    blind: ClassVar[bool] = False
 
     def __call__(self, g: Tensor, u: Tensor, v: Tensor, grid: Grid) -> Tensor:
         raise NotImplementedError
@@ -42,6 +44,8 @@ class Estimator(Noun):
 @dataclass(frozen=True)
 class Ste(Estimator):
     """dx = g. The straight-through estimator (arXiv 1308.3432): BitNet, TWN, StatsQ."""
+
+    blind: ClassVar[bool] = True
 
     def __call__(self, g: Tensor, u: Tensor, v: Tensor, grid: Grid) -> Tensor:
         return g
@@ -85,6 +89,8 @@ class Snap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, s, zero, offset, shift = ctx.saved_tensors
+        if ctx.quant.estimator.blind and shift is None and not any(ctx.needs_input_grad[1:4]):
+            return (inside(g, x, ctx.quant), *(None,) * 7)
         grads = pull(g, x, Place(s, zero, offset), shift, ctx.quant, ctx.strength)
         return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None
 
@@ -125,6 +131,11 @@ def refit(x: Tensor, v: Tensor, place: Place) -> Tensor:
     return torch.where(length > 0, (x * v).sum(-1, keepdim=True) / length.clamp(min=torch.finfo(v.dtype).tiny), place.s)
 
 
+def inside(dx: Tensor, x: Tensor, quant: Quant) -> Tensor:
+    """The gradient of x, 0 at the clip and beyond."""
+    return dx if quant.clip is None else dx * (x.abs() < quant.clip)
+
+
 def pull(g: Tensor, x: Tensor, place: Place, shift: Tensor | None, quant: Quant, strength: float) -> tuple[Tensor | None, ...]:
     """The gradients of (x, s, zero, offset, shift) by closed form."""
     grid, raw, place = quant.grid, place.s, settle(place, quant)
@@ -133,7 +144,7 @@ def pull(g: Tensor, x: Tensor, place: Place, shift: Tensor | None, quant: Quant,
     v = grid.snap(u)
     dx = quant.estimator(g, u, v, grid)
     dshift = None if shift is None else dx * place.s
-    dx = dx if quant.clip is None else dx * (x.abs() < quant.clip)
+    dx = inside(dx, x, quant)
     ds = (g * quant.scale.slope(u, v, place.zero, grid)).sum(-1, keepdim=True) * strength
     if quant.scale.sign == "abs":
         ds = torch.where(raw < 0, -ds, ds)                        # d|s|/ds

@@ -57,8 +57,9 @@ PLANS: dict[str, tuple[tuple[float, str], ...]] = {                             
     "output": ((1.0, "output"),), "context": ((1.0, "context"),), "map": ((1.0, "map"),),
     "gradual": ((1 / 6, "output"), (1 / 3, "context"), (1.0, "map")),
     "inverted": ((1 / 3, "map"), (2 / 3, "context"), (1.0, "output")),
+    "none": ((1.0, "none"),),
 }
-Mode = Literal["gradual", "output", "context", "map", "inverted", "stochastic"]
+Mode = Literal["gradual", "output", "context", "map", "inverted", "stochastic", "none"]
 
 
 class Intervened(Imitation):
@@ -107,7 +108,8 @@ class Intervention(Tactic):
         return cls("gradual")
 
     def passes(self, loop: Loop) -> Sequence[Pass] | None:
-        return [Pass(loss=self.losses[turn(self.mode, loop.step, loop.steps, loop.task.run.seed)])] if self.losses else None
+        loss = self.losses.get(turn(self.mode, loop.step, loop.steps, loop.task.run.seed))
+        return None if loss is None else [Pass(loss=loss)]
 
 
 def turn(mode: str, step: int, steps: int, seed: int = 0) -> str:
@@ -134,7 +136,8 @@ def teacher_intervention(model: nn.Module, task: Task, *, mode: Mode = "gradual"
     """Ternarize the model, let its teacher intervene for a while, then train it by plain distillation.
 
     Args:
-        mode: where the teacher comes in: output, context or map all the time; gradual from output to map; inverted; stochastic draws anew each step.
+        mode: where the teacher comes in: output, context or map all the time; gradual from output to map; inverted; stochastic draws anew each step;
+            none nowhere, so that only the learning rate starts anew: the control that any gain should be held against.
         first: steps with intervention; None is a tenth of all, 0 has none (TernaryBERT with one loss more).
         first_lr: peak learning rate of the first part; None is `lr`.
         before_norm: take the output loss before residual and norm, as the paper's figure draws it, in place of after them.
@@ -166,7 +169,7 @@ def teacher_intervention(model: nn.Module, task: Task, *, mode: Mode = "gradual"
     first = max(1, steps // 10) if first is None else first
     if not 0 <= first < steps:
         raise RunError(f"first={first} steps with intervention of {steps} in all: the second part needs at least one")
-    points = {turn(mode, step, first, task.run.seed) for step in range(first)}         # a wrong mode fails before anything moves
+    points = {turn(mode, step, first, task.run.seed) for step in range(first)} - {"none"}        # a wrong mode fails before anything moves
     taught = teacher_for(model, task, teacher)
     ternarize(model, task, loss_aware=loss_aware, rows=rows, embeddings=embeddings, input_bits=input_bits, minmax=minmax, per_token=per_token,
               clip=clip)

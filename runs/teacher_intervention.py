@@ -1,0 +1,154 @@
+"""Teacher Intervention against plain distillation, on a real encoder, a real image model and a real decoder.
+
+    cola rte sst2   MiniLM-L6 fine-tuned in full precision (runs/minilm_glue.py), ternary weights, 8-bit activations
+    vit  vit_token  the CIFAR-10 ViT (runs/cifar_vit.py), one scale a tensor; and a token
+    stories         stories260k, a Llama (runs/stories260k.py), on text that it wrote itself
+
+All rows of a table start from the same teacher and have the same numbers, losses, steps, batches in the same order and dropout seed:
+
+    plain       TernaryBERT with Teacher Intervention's four losses: one schedule over all steps
+    restart     the boring control: the same, the learning rate (and Adam) starting anew after the first part
+    TI-O TI-M TI-G   intervention at the output, at the map, gradual, in the first part
+
+Measured on held-out data: the task's score; the loss of imitation; its value every `every` steps (the curve, and the steps that each run needs to reach
+plain's last value); block-output MSE against the teacher by depth; the largest eigenvalue of the Hessian of the loss.
+
+    python runs/teacher_intervention.py --task cola --teacher DIR --seed 0 --out DIR [--rows plain TI-G ...]      writes DIR/cola-0-plain.json ...
+    python runs/teacher_intervention.py table --out DIR                                                            the tables and figures
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qatlas.papers.teacher_intervention import teacher_intervention
+from qatlas.train.evaluate import evaluate, judged
+from qatlas.train.imitate import Imitation
+from qatlas.train.run import Run
+from qatlas.train.tactic import Loop, Tactic
+from qatlas.train.task import moved
+from qatlas.train.teacher import Teacher
+
+ROWS: dict[str, dict[str, Any]] = {"plain": {"first": 0}, "restart": {"mode": "none"}, "TI-O": {"mode": "output"}, "TI-M": {"mode": "map"},
+                                   "TI-G": {"mode": "gradual"}}
+# steps, first part, learning rate (chosen by the loss of `plain` after all steps), and what the paper's function is given besides.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "cola": {"steps": 300, "first": 30, "lr": 2e-4, "batch": 16, "metric": "matthews"},
+    "rte": {"steps": 80, "first": 16, "lr": 2e-4, "batch": 16, "metric": "accuracy"},
+    "sst2": {"steps": 240, "first": 24, "lr": 2e-4, "batch": 16, "metric": "accuracy"},
+    "vit": {"steps": 400, "first": 40, "lr": 5e-4, "batch": 32, "metric": "accuracy"},
+    "vit_token": {"steps": 400, "first": 40, "lr": 5e-4, "batch": 32, "metric": "accuracy", "per_token": True},
+    "stories": {"steps": 300, "first": 30, "lr": 1e-3, "batch": 8, "metric": "perplexity", "clip": None},
+}
+TERMS = {"logits": 1.0, "hidden": 1.0, "scores": 1.0, "attended": 1.0}
+HELD = 256                                                        # rows of the curve
+
+
+def prepared(name: str, teacher: str, run: Run) -> tuple[nn.Module, Any, Any]:
+    """The full-precision model, its task, and the same task with few held-out rows for the curve."""
+    batch = SETTINGS[name]["batch"]
+    if name in ("cola", "rte", "sst2"):
+        from minilm_glue import glue
+
+        from qatlas.model.load import load
+
+        model, tokenizer = load(teacher, "classification")
+        return model, glue(name, tokenizer, run, batch=batch), glue(name, tokenizer, run, rows=64, held=HELD, batch=64)
+    if name.startswith("vit"):
+        from cifar_vit import cifar_task, cifar_vit
+
+        return cifar_vit(), cifar_task(run=run, batch=batch), cifar_task(run=run, batch=128, held=2 * HELD)
+    from lsq_stories260k import stories_task
+
+    model, task = stories_task(teacher, run, batch)
+    return model, task, task
+
+
+class Curve(Tactic):
+    """The loss of imitation on held-out rows, and seconds of training, every so many steps of the whole run."""
+
+    def __init__(self, objective: Imitation, batches: list[Any], every: int) -> None:
+        self._objective, self._batches, self._every = objective, batches, every
+        self._done, self._seconds, self.points = 0, 0.0, []
+
+    def before(self, loop: Loop) -> None:
+        self._began = time.process_time()
+
+    def after(self, loop: Loop) -> None:
+        self._seconds += time.process_time() - self._began
+        self._done += 1
+        if self._done % self._every == 0:
+            self.points.append((self._done, self._seconds, judge(loop.model, self._objective, self._batches)))
+
+
+def judge(model: nn.Module, objective: Imitation, batches: list[Any]) -> float:
+    """The mean loss of imitation over batches, in eval mode."""
+    with judged(model):
+        total = sum(float(objective(model, batch)) * len(batch["labels"]) for batch in batches)
+    return total / sum(len(batch["labels"]) for batch in batches)
+
+
+def one(name: str, row: str, seed: int, teacher: str, steps: int | None = None, lr: float | None = None, measures: bool = True) -> dict[str, Any]:
+    """One run, as a dict of what was measured."""
+    run = Run(None, seed=seed, progress=False)
+    model, task, few = prepared(name, teacher, run)
+    given = dict(SETTINGS[name])
+    metric, batch = given.pop("metric"), given.pop("batch")
+    given |= {"lr": lr or given["lr"], "steps": steps or given["steps"], **ROWS[row]}
+    guide = Teacher.of(model)
+    objective = Imitation(few, guide, model, **TERMS)
+    batches = [moved(held, torch.device("cpu")) for held in few.held_out()]
+    curve = Curve(objective, batches, max(1, given["steps"] // 12))
+    run.tactics = (curve,)
+    torch.manual_seed(seed)
+    began = time.process_time()
+    model = teacher_intervention(model, task, **given)
+    seconds = time.process_time() - began
+    found = {"task": name, "row": row, "seed": seed, "batch": batch, **given, "metric": metric, "scores": evaluate(model, task),
+             "teacher": evaluate(guide.model, task) if row == "plain" else None, "loss": judge(model, objective, batches), "curve": curve.points,
+             "history": [value for history in run.histories for value in history.loss], "seconds": seconds, "threads": torch.get_num_threads()}
+    if measures:
+        from qatlas.train.apart import depth_errors
+        from qatlas.train.sharpness import sharpness
+
+        found["depth"] = depth_errors(model, guide.model, few)
+        few_batches = [{key: value[:32] for key, value in batches[0].items()}]
+        found["sharpness"] = sharpness(model, objective, few_batches)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", nargs="?", choices=["run"], default="run")
+    parser.add_argument("--task", choices=sorted(SETTINGS), required=True)
+    parser.add_argument("--teacher", default="")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--lr", type=float)
+    given = parser.parse_args()
+    out = Path(given.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for row in given.rows:
+        file = out / f"{given.task}-{given.seed}-{row}.json"
+        if not file.exists():
+            found = one(given.task, row, given.seed, given.teacher, given.steps, given.lr)
+            aside = copy.copy(file).with_suffix(f".part-{os.getpid()}")
+            aside.write_text(json.dumps(found))
+            aside.rename(file)
+            print(file.name, {key: round(value, 4) for key, value in found["scores"].items()}, f"loss {found['loss']:.4f}, {found['seconds']:.0f} s",
+                  flush=True)
+
+
+if __name__ == "__main__":
+    main()
