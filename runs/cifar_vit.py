@@ -106,12 +106,12 @@ def mapped(torches: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def cifar_task(batch: int = 64, run: Run | None = None, mirror: bool = True, shift: int = 4, train: str = "train0", **given) -> Images:
-    """CIFAR-10 as it lies in QATLAS_DATA: 25,000 training images (train="train0" or "train1"), 10,000 held out, normalised as for the checkpoint.
-    given: other arguments of Images (target, extra_rules)."""
+def cifar_task(batch: int = 64, run: Run | None = None, train: str = "train0", **given) -> Images:
+    """CIFAR-10 as it lies in QATLAS_DATA: 25,000 training images (train="train0" or "train1"), mirrored and moved by up to 4 pixels; the 10,000 test
+    images held out; normalised as for the checkpoint. given: other arguments of Images (held_out, mirror, shift, target, extra_rules)."""
     folder = Path(os.environ["QATLAS_DATA"]) / "cifar10"
-    return Images(str(folder / f"{train}.parquet"), held_out=str(folder / "test.parquet"), mean=MEAN, std=STD, mirror=mirror, shift=shift, batch=batch,
-                  run=run, **given)
+    usual = {"held_out": str(folder / "test.parquet"), "mean": MEAN, "std": STD, "mirror": True, "shift": 4}
+    return Images(str(folder / f"{train}.parquet"), batch=batch, run=run, **(usual | given))
 
 
 if __name__ == "__main__":
