@@ -13,7 +13,7 @@ from qatlas.core.error import QuantError, RunError
 from qatlas.core.grain import PerTensor
 from qatlas.core.grid import Uniform
 from qatlas.core.quantizer import Quant
-from qatlas.core.scale import AbsMax
+from qatlas.core.scale import AbsMax, Learned
 from qatlas.layers.adapter import Lora
 from qatlas.layers.linear import QLinear
 from qatlas.layers.quantized import Slots
@@ -158,6 +158,11 @@ def test_what_has_no_hessian_is_refused():
         sharpness(model, subject.loss, [])
     with pytest.raises(RunError, match="over 0 parameters"):
         sharpness(llama().requires_grad_(False), subject.loss, [subject.batch(0)])
+    steps = quantize(llama(), [Rule("*.mlp.*", weight=Quant(Uniform(4), PerTensor(), Learned()))])
+    for name, parameter in steps.named_parameters():              # a scale is no place where the loss bends: nothing depends on it
+        parameter.requires_grad_(name.endswith("scale"))
+    with pytest.raises(RunError, match="over 0 parameters"):
+        sharpness(steps, subject.loss, [subject.batch(0)])
     with pytest.raises(RunError, match="the loss is nan"):
         sharpness(model, lambda m, b: subject.loss(m, b) * float("nan"), [subject.batch(0)])
     with pytest.raises(RunError, match="is not finite: the loss has no second derivative"):
