@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -131,7 +132,7 @@ def test_levels_and_thresholds_of_the_paper(bits, levels):
     found = holding(of_weight(bits), line.shape, alpha, times).hard(line)
     torch.testing.assert_close(found.unique(), torch.tensor(levels, dtype=torch.float64), rtol=0, atol=1e-12)
     jumps = line[0, 1:][found[0].diff() > 0]
-    wanted = {1: [0.0], 1.58: [-1 / 3, 1 / 3], 2: [-0.5, 0, 0.5]}.get(bits) or [(a + b) / 2 for a, b in zip(levels, levels[1:], strict=False)]
+    wanted = {1: [0.0], 1.58: [-1 / 3, 1 / 3], 2: [-0.5, 0, 0.5]}.get(bits) or [(a + b) / 2 for a, b in itertools.pairwise(levels)]
     torch.testing.assert_close(jumps, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=0.0051)
 
 
