@@ -69,10 +69,21 @@ def write_stories(model, tokenizer, n: int, path: Path) -> None:
     path.write_text("".join(f"<s>{story}\n" for story in stories[:n]), encoding="utf-8")
 
 
-def rounded(folder: Path, bits: int, scale) -> torch.nn.Module:
+def setting(data: Path, out: Path, stories: int) -> tuple[Path, torch.nn.Module, object, Text, str]:
+    """The model's directory, the model, its tokenizer, the text that it wrote (a twentieth held out), and the real stories."""
+    folder, real = prepare(data / "ckpt/stories260k", out / "model"), (data / "text/tinystories_5stories.txt").read_text(encoding="utf-8")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    if not (out / "stories.txt").exists():
+        write_stories(model, tokenizer, stories, out / "stories.txt")
+    text = (out / "stories.txt").read_text(encoding="utf-8")
+    cut = text.rfind("<s>", 0, len(text) * 19 // 20)
+    return folder, model, tokenizer, Text(text[:cut], text[cut:]), real
+
+
+def rounded(folder: Path, weight: Quant) -> torch.nn.Module:
     """The model with its weights rounded and nothing trained."""
     model, _ = load(str(folder))
-    return quantize(model, [*keep_full(Role.EMBEDDING, Role.HEAD), Rule("*", weight=Quant(signed(bits), scale=scale))])
+    return quantize(model, [*keep_full(Role.EMBEDDING, Role.HEAD), Rule("*", weight=weight)])
 
 
 def longer(folder: Path, tokenizer, text: Text, steps: int, seed: int) -> torch.nn.Module:
@@ -92,21 +103,15 @@ def main() -> None:
     given = parser.parse_args()
     data, out = Path(os.environ["QATLAS_DATA"]), Path(given.out)
     out.mkdir(parents=True, exist_ok=True)
-    folder, real = prepare(data / "ckpt/stories260k", out / "model"), (data / "text/tinystories_5stories.txt").read_text(encoding="utf-8")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    if not (out / "stories.txt").exists():
-        write_stories(model, tokenizer, given.stories, out / "stories.txt")
+    folder, model, tokenizer, parts, real = setting(data, out, given.stories)
     (out / "rules.json").write_text(json.dumps(FULL_DOWN))
     results = {"full precision": [perplexity(model, tokenizer, real)]}
     sizes: dict[str, int] = {"full precision": 2 * sum(p.numel() for p in model.parameters())}
-    text = (out / "stories.txt").read_text(encoding="utf-8")
-    cut = text.rfind("<s>", 0, len(text) * 19 // 20)
-    parts = Text(text[:cut], text[cut:])
     results["full precision, trained as long"] = [perplexity(longer(folder, tokenizer, parts, given.steps, seed), tokenizer, real)
                                                   for seed in range(given.seeds)]
     for bits in BITS:
         for name, scale in (("absmax", AbsMax()), ("least squares", MseSearch())):
-            results[f"{bits} bits, round-to-nearest, {name}"] = [perplexity(rounded(folder, bits, scale), tokenizer, real)]
+            results[f"{bits} bits, round-to-nearest, {name}"] = [perplexity(rounded(folder, Quant(signed(bits), scale=scale)), tokenizer, real)]
         for teach, name in ((False, "LSQ"), (True, "LSQ, taught")):
             for seed in range(given.seeds if teach else 1):
                 kept = one(out, folder, tokenizer, real, bits, seed, given.steps, teach, None)

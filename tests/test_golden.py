@@ -37,6 +37,7 @@ from qatlas.core.scale import AbsMax, AbsMean, Learned, MinMax, Percentile, Rms
 from qatlas.core.transform import hadamard
 from qatlas.export.gguf.layout import LAYOUTS
 from qatlas.model import taps
+from qatlas.papers.paretoq import of_weight
 from qatlas.papers.teacher_intervention import Intervened
 from qatlas.papers.ternarybert import activations, ternarize
 from qatlas.train.imitate import Imitation, find
@@ -318,10 +319,12 @@ def paretoq_quant(bits: int, stretched: bool, grain: Grain, elements: int) -> Qu
 
 @maps("paretoq")
 def paretoq(c: Case) -> Answer:
-    bits, grain, elements = c.p["w_bits"], grain_of(c, "alpha"), c.a["w"].numel()
-    if c.kind == "linear":
-        return layer(c, paretoq_quant(bits, bits in (0, 2), grain, elements), None, scale="alpha")
-    return fake(c, paretoq_quant(bits, c.p["fn"] == "seq", grain, elements), scale="alpha")
+    bits, grain, stretched = c.p["w_bits"], grain_of(c, "alpha"), c.p["fn"] == "seq" or (c.kind == "linear" and c.p["w_bits"] in (0, 2))
+    if stretched and bits < 2:                                    # the paper's own 1.58 bits keep 2/3 of this alpha, its 1 bit reaches to 1
+        quant = paretoq_quant(bits, True, grain, c.a["w"].numel())
+    else:
+        quant = of_weight(bits or 1.58, None if bits == 1 else "stretched" if stretched else "integer", grain)
+    return layer(c, quant, None, scale="alpha") if c.kind == "linear" else fake(c, quant, scale="alpha")
 
 
 @maps("stableqat")

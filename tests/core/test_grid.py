@@ -117,6 +117,12 @@ def test_uniform_refuses_other_bits(bits: float) -> None:
         Uniform(bits)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("grid", "top"), [(Uniform(4), 7), (Uniform(4, False), 15), (Uniform(1), 1), (Ternary(), 1), (Sign(), 1), (HalfStep(2), 2),
+                                           (Stretched(3), 1), (Stretched(4), 1), (Stretched(8), 3), (Stretched(16), 7)])
+def test_qp_of_the_gradient_factor(grid: Grid, top: int) -> None:
+    assert grid.top == top
+
+
 def test_stretched_halves_an_interval() -> None:
     assert Stretched(4).values().tolist() == [-0.75, -0.25, 0.25, 0.75]
     with pytest.raises(QuantError):

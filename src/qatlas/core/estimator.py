@@ -54,7 +54,7 @@ class Ste(Estimator):
 @dataclass(frozen=True)
 class Clip(Estimator):
     """dx = g inside the grid's reach widened by `margin` steps, else 0. margin 0 cuts at the last level (LSQ), 0.5 where rounding does.
-    `at` replaces the grid's reach by +-at (ParetoQ's binary weights: 0.99)."""
+    `at` replaces the grid's reach by +-at (binary weights: 1 is the sign's reach, ReSTE's t is wider)."""
 
     margin: float = 0.0
     at: float | None = None

@@ -58,6 +58,11 @@ class Grid(Noun):
         """The interval of u inside which the value follows u."""
         return self.low, self.high
 
+    @property
+    def top(self) -> int:
+        """Qp of LSQ's gradient factor: the highest integer, at least 1."""
+        return max(round(self.high), 1)
+
     def snap(self, u: Tensor) -> Tensor:
         """The nearest allowed value of each place; same shape and dtype. NaN stays NaN."""
         raise NotImplementedError
@@ -213,6 +218,10 @@ class Stretched(Grid):
     @property
     def reach(self) -> tuple[float, float]:
         return -self.clip, self.clip
+
+    @property
+    def top(self) -> int:
+        return max(self.levels // 2 - 1, 1)                       # that of the integers with as many levels, as in ParetoQ's code
 
     def snap(self, u: Tensor) -> Tensor:
         n = self.levels / 2

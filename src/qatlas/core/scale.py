@@ -139,7 +139,7 @@ class Scale(Noun):
         if not isinstance(self.factor, str):
             return float(self.factor)
         n = {"scale": view[-1], "tensor": math.prod(shape), "token": shape[-1]}[self.over]
-        return 1 / math.sqrt(max(n, 1) * max(round(grid.high), 1))
+        return 1 / math.sqrt(max(n, 1) * grid.top)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class AbsMean(Scale):
 
     def measure(self, x: Tensor, grid: Grid) -> Place:
         s = self.times * x.abs().mean(-1, keepdim=True)
-        return Place(s / math.sqrt(max(round(grid.high), 1)) if self.per_root else s)
+        return Place(s / math.sqrt(grid.top) if self.per_root else s)
 
 
 @dataclass(frozen=True)
