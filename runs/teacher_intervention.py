@@ -10,8 +10,8 @@ All rows of a table start from the same teacher and have the same numbers, losse
     restart     the boring control: the same, the learning rate (and Adam) starting anew after the first part
     TI-O TI-M TI-G   intervention at the output, at the map, gradual, in the first part
 
-Measured on held-out data: the task's score; the loss of imitation; its value every `every` steps (the curve, and the steps that each run needs to reach
-plain's last value); block-output MSE against the teacher by depth; the largest eigenvalue of the Hessian of the loss.
+Measured on held-out data: the task's score; the loss of imitation, and its curve over the steps, from which follow the steps and seconds that a run
+needs to reach plain's last value; block-output MSE against the teacher by depth; the largest eigenvalue of the Hessian of the loss.
 
     python runs/teacher_intervention.py --task cola --teacher DIR --seed 0 --out DIR [--rows plain TI-G ...]      writes DIR/cola-0-plain.json ...
     python runs/teacher_intervention.py table --out DIR                                                            the tables and figures
@@ -20,10 +20,10 @@ plain's last value); block-output MSE against the teacher by depth; the largest 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from qatlas.train.evaluate import evaluate, judged
 from qatlas.train.imitate import Imitation
 from qatlas.train.run import Run
 from qatlas.train.tactic import Loop, Tactic
-from qatlas.train.task import moved
+from qatlas.train.task import LanguageModelling
 from qatlas.train.teacher import Teacher
 
 ROWS: dict[str, dict[str, Any]] = {"plain": {"first": 0}, "restart": {"mode": "none"}, "TI-O": {"mode": "output"}, "TI-M": {"mode": "map"},
@@ -47,7 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sst2": {"steps": 240, "first": 24, "lr": 2e-4, "batch": 16, "metric": "accuracy"},
     "vit": {"steps": 400, "first": 40, "lr": 5e-4, "batch": 32, "metric": "accuracy"},
     "vit_token": {"steps": 400, "first": 40, "lr": 5e-4, "batch": 32, "metric": "accuracy", "per_token": True},
-    "stories": {"steps": 300, "first": 30, "lr": 1e-3, "batch": 8, "metric": "perplexity", "clip": None},
+    "stories": {"steps": 300, "first": 30, "lr": 1e-3, "batch": 8, "metric": "real perplexity", "clip": None},
 }
 TERMS = {"logits": 1.0, "hidden": 1.0, "scores": 1.0, "attended": 1.0}
 HELD = 256                                                        # rows of the curve
@@ -66,11 +66,24 @@ def prepared(name: str, teacher: str, run: Run) -> tuple[nn.Module, Any, Any]:
     if name.startswith("vit"):
         from cifar_vit import cifar_task, cifar_vit
 
-        return cifar_vit(), cifar_task(run=run, batch=batch), cifar_task(run=run, batch=128, held=2 * HELD)
-    from lsq_stories260k import stories_task
+        return cifar_vit(), cifar_task(batch, run), cifar_task(128, run)
+    from lsq_stories260k import setting
 
-    model, task = stories_task(teacher, run, batch)
+    _, model, tokenizer, text, real = setting(Path(os.environ["QATLAS_DATA"]), Path(teacher), 1024)
+    task = Stories(text, tokenizer, length=256, batch=batch, run=run)
+    task.real = real
     return model, task, task
+
+
+class Stories(LanguageModelling):
+    """The text that the model wrote; judged on five real stories, too."""
+
+    real = ""
+
+    def score(self, model: nn.Module) -> dict[str, float]:
+        from lsq_stories260k import perplexity
+
+        return super().score(model) | {"real perplexity": perplexity(model, self.tokenizer, self.real)}
 
 
 class Curve(Tactic):
@@ -106,7 +119,7 @@ def one(name: str, row: str, seed: int, teacher: str, steps: int | None = None, 
     given |= {"lr": lr or given["lr"], "steps": steps or given["steps"], **ROWS[row]}
     guide = Teacher.of(model)
     objective = Imitation(few, guide, model, **TERMS)
-    batches = [moved(held, torch.device("cpu")) for held in few.held_out()]
+    batches = list(islice(few.held_out(), 4))
     curve = Curve(objective, batches, max(1, given["steps"] // 12))
     run.tactics = (curve,)
     torch.manual_seed(seed)
@@ -120,7 +133,7 @@ def one(name: str, row: str, seed: int, teacher: str, steps: int | None = None, 
         from qatlas.train.apart import depth_errors
         from qatlas.train.sharpness import sharpness
 
-        found["depth"] = depth_errors(model, guide.model, few)
+        found["depth"] = depth_errors(model, guide.model, few, 4)
         few_batches = [{key: value[:32] for key, value in batches[0].items()}]
         found["sharpness"] = sharpness(model, objective, few_batches)
     return found
@@ -143,7 +156,7 @@ def main() -> None:
         file = out / f"{given.task}-{given.seed}-{row}.json"
         if not file.exists():
             found = one(given.task, row, given.seed, given.teacher, given.steps, given.lr)
-            aside = copy.copy(file).with_suffix(f".part-{os.getpid()}")
+            aside = file.with_suffix(f".part-{os.getpid()}")
             aside.write_text(json.dumps(found))
             aside.rename(file)
             print(file.name, {key: round(value, 4) for key, value in found["scores"].items()}, f"loss {found['loss']:.4f}, {found['seconds']:.0f} s",

@@ -133,7 +133,7 @@ class LanguageModelling(Task):
                  target: str | None = None, extra_rules: Sequence[Any] = (), run: Run | None = None) -> None:
         super().__init__(batch, target, extra_rules, run)
         source = text if isinstance(text, data.Text) else data.text(text, held_out)
-        self.length = length
+        self.length, self.tokenizer = length, tokenizer
         if length < 2:
             raise DataError(f"a window of {length} tokens predicts nothing; take length=2 or more")
         self.windows = [_windows(encode(tokenizer, part), length, name) for part, name in ((source.train, "training"), (source.held_out, "held-out"))]
@@ -175,7 +175,7 @@ class Chat(LanguageModelling):
     def __init__(self, messages: str | Sequence[Sequence[dict[str, str]]], tokenizer: Any, *, length: int = 512, batch: int = 8,
                  held_out: str | None = None, target: str | None = None, extra_rules: Sequence[Any] = (), run: Run | None = None) -> None:
         Task.__init__(self, batch, target, extra_rules, run)
-        self.length, self.padding = length, getattr(tokenizer, "pad_token_id", None) or 0
+        self.length, self.tokenizer, self.padding = length, tokenizer, getattr(tokenizer, "pad_token_id", None) or 0
         parts = _conversations(messages, held_out)
         self.examples = [[e for e in (_masked(tokenizer, talk, length) for talk in part) if any(e[1][1:])] for part in parts]
         for part, kept, name in zip(parts, self.examples, ("training", "held-out"), strict=True):
