@@ -31,9 +31,11 @@ import torch
 from torch import nn
 
 from qatlas.papers.teacher_intervention import teacher_intervention
+from qatlas.train.apart import depth_errors
 from qatlas.train.evaluate import evaluate, judged
 from qatlas.train.imitate import Imitation
 from qatlas.train.run import Run
+from qatlas.train.sharpness import sharpness
 from qatlas.train.tactic import Loop, Tactic
 from qatlas.train.task import LanguageModelling
 from qatlas.train.teacher import Teacher
@@ -50,7 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "stories": {"steps": 300, "first": 30, "lr": 1e-3, "batch": 8, "metric": "real perplexity", "clip": None},
 }
 TERMS = {"logits": 1.0, "hidden": 1.0, "scores": 1.0, "attended": 1.0}
-HELD = 256                                                        # rows of the curve
+HELD = 128                                                        # rows of the curve
 
 
 def prepared(name: str, teacher: str, run: Run) -> tuple[nn.Module, Any, Any]:
@@ -66,7 +68,10 @@ def prepared(name: str, teacher: str, run: Run) -> tuple[nn.Module, Any, Any]:
     if name.startswith("vit"):
         from cifar_vit import cifar_task, cifar_vit
 
-        return cifar_vit(), cifar_task(batch, run), cifar_task(128, run)
+        task, few = cifar_task(batch, run), cifar_task(128, run)
+        for each, rows in ((task, 2000), (few, 2 * HELD)):        # the first so many test images
+            each.images[1], each.labels[1], each.held_rows = each.images[1][:rows], each.labels[1][:rows], rows
+        return cifar_vit(), task, few
     from lsq_stories260k import setting
 
     _, model, tokenizer, text, real = setting(Path(os.environ["QATLAS_DATA"]), Path(teacher), 1024)
@@ -116,11 +121,12 @@ def one(name: str, row: str, seed: int, teacher: str, steps: int | None = None, 
     model, task, few = prepared(name, teacher, run)
     given = dict(SETTINGS[name])
     metric, batch = given.pop("metric"), given.pop("batch")
-    given |= {"lr": lr or given["lr"], "steps": steps or given["steps"], **ROWS[row]}
+    share, steps = given["first"] / given["steps"], steps or given["steps"]
+    given |= {"lr": lr or given["lr"], "steps": steps, "first": round(share * steps), **ROWS[row]}
     guide = Teacher.of(model)
     objective = Imitation(few, guide, model, **TERMS)
     batches = list(islice(few.held_out(), 4))
-    curve = Curve(objective, batches, max(1, given["steps"] // 12))
+    curve = Curve(objective, batches, max(1, given["steps"] // 8))
     run.tactics = (curve,)
     torch.manual_seed(seed)
     began = time.process_time()
@@ -130,12 +136,10 @@ def one(name: str, row: str, seed: int, teacher: str, steps: int | None = None, 
              "teacher": evaluate(guide.model, task) if row == "plain" else None, "loss": judge(model, objective, batches), "curve": curve.points,
              "history": [value for history in run.histories for value in history.loss], "seconds": seconds, "threads": torch.get_num_threads()}
     if measures:
-        from qatlas.train.apart import depth_errors
-        from qatlas.train.sharpness import sharpness
-
-        found["depth"] = depth_errors(model, guide.model, few, 4)
-        few_batches = [{key: value[:32] for key, value in batches[0].items()}]
-        found["sharpness"] = sharpness(model, objective, few_batches)
+        found["depth"] = depth_errors(model, guide.model, few, 2)
+    if measures and seed == 0:
+        few_batches = [{key: value[:16] for key, value in batches[0].items()}]
+        found["sharpness"] = sharpness(model, objective, few_batches, tolerance=1e-2)
     return found
 
 
@@ -149,13 +153,14 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--steps", type=int)
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--bare", action="store_true", help="without errors by depth and sharpness")
     given = parser.parse_args()
     out = Path(given.out)
     out.mkdir(parents=True, exist_ok=True)
     for row in given.rows:
         file = out / f"{given.task}-{given.seed}-{row}.json"
         if not file.exists():
-            found = one(given.task, row, given.seed, given.teacher, given.steps, given.lr)
+            found = one(given.task, row, given.seed, given.teacher, given.steps, given.lr, not given.bare)
             aside = file.with_suffix(f".part-{os.getpid()}")
             aside.write_text(json.dumps(found))
             aside.rename(file)
