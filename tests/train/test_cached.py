@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks_cached import taught
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_labelled import Bag, table, tokenizer
@@ -220,6 +226,25 @@ def test_of_two_that_fill_one_asks(tmp_path):
     assert sorted(t.rows for t in teachers) == [0, different(subject, 6)]
     values = [float(Distil(subject, store)(llama(), subject.batch(1)).detach()) for store in stores]
     assert values[0] == values[1] and len(stores[0].answers) == len(stores[1].answers) == different(subject, 6)
+
+
+def test_of_two_ranks_one_asks_and_both_learn_as_one_process_does(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    here = Path(__file__).parent
+    shared = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parents[1] / "src"), str(here)]), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    ranks = [subprocess.Popen([sys.executable, str(here / "ranks_cached.py"), str(tmp_path / "two")], stdout=subprocess.PIPE, text=True,
+                              env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+    try:
+        said = [[float(x) for x in process.communicate(timeout=120)[0].split()] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    rows, losses = taught(tmp_path / "one")
+    assert sorted(line[0] for line in said) == [0, rows] and rows > 0
+    assert said[0][1:] == said[1][1:] == pytest.approx(losses, abs=2e-5)
 
 
 def test_an_augmented_image_is_a_sample_of_its_own(tmp_path):

@@ -118,6 +118,7 @@ class CachedTeacher:
         Raises:
             CheckpointError: answers of another precision. RunError: no live teacher, or one that says NaN; a directory that cannot be written.
         """
+        where = PartialState().device                             # all ranks meet here: they cannot while one waits for another's filling
         there = self.answers.facts
         if there is not None and there.precision != task.run.precision:
             raise self._foreign(f"of a teacher that computed in precision {there.precision!r}, this run has {task.run.precision!r}")
@@ -129,7 +130,7 @@ class CachedTeacher:
         with self.answers.filling(), bar("teacher", steps, task.run.progress, first) as advance:
             began = time.monotonic()
             for step in range(first, steps):
-                self._ask(task, task.batch(step), self.teacher)
+                self._ask(task, task.batch(step), self.teacher, where)
                 if self.answers.waiting >= SHARD or time.monotonic() - began >= SECONDS:
                     self.answers.write()                          # between batches: a filling that goes on asks as one that was never killed
                     began = time.monotonic()
@@ -140,8 +141,8 @@ class CachedTeacher:
         """Key and row of each sample that is not there, once."""
         return {name: row for row, name in enumerate(keys(batch, predicted(batch))) if name not in self.answers}
 
-    def _ask(self, task: Task, batch: Batch, teacher: Teacher | SelfTeacher) -> None:
-        missing, run, where = self._missing(batch), task.run, PartialState().device
+    def _ask(self, task: Task, batch: Batch, teacher: Teacher | SelfTeacher, where: torch.device) -> None:
+        missing, run = self._missing(batch), task.run
         names, size = list(missing), run.micro or max(len(missing), 1)
         for at in range(0, len(names), size):
             rows = torch.tensor([missing[name] for name in names[at : at + size]])
