@@ -46,6 +46,54 @@ def test_kl_gradient_is_its_closed_form():
     torch.testing.assert_close(student.grad, expected.detach(), atol=1e-7, rtol=1e-5)
 
 
+def split(teacher, k):
+    """The k most probable outcomes of logits, their log-probabilities and that of the rest."""
+    p = teacher.log_softmax(-1)
+    top, index = p.topk(k, -1)
+    return index, torch.cat([top, p.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True)], -1)
+
+
+def test_kl_of_all_outcomes_is_kl():
+    torch.testing.assert_close(loss.kl_top(LOGITS, *split(OTHER, 11)), loss.kl(LOGITS, OTHER))
+    mask = LABELS > 4
+    torch.testing.assert_close(loss.kl_top(LOGITS, *split(OTHER, 11), mask), loss.kl(LOGITS, OTHER, 1.0, mask))
+    torch.testing.assert_close(loss.kl_top(LOGITS, *split(OTHER, 10)), loss.kl(LOGITS, OTHER))        # a rest of one outcome is that outcome
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_kl_of_the_top_lacks_only_the_divergence_within_the_rest(k):
+    index, target = split(OTHER, k)
+    gone = torch.full_like(LOGITS, 0.0).scatter(-1, index, -1e9)
+    p, q = F.log_softmax(OTHER + gone, -1), F.log_softmax(LOGITS + gone, -1)
+    within = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+    expected = loss.kl(LOGITS, OTHER) - (target[..., -1].exp() * within).mean()
+    torch.testing.assert_close(loss.kl_top(LOGITS, index, target), expected)
+    assert float(expected) < float(loss.kl(LOGITS, OTHER)) - 1e-3
+
+
+def test_kl_of_the_top_has_the_gradient_of_its_closed_form():
+    index, target = split(OTHER.double(), 3)
+    student = LOGITS.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: loss.kl_top(z, index, target), student)
+    loss.kl_top(student, index, target).backward()
+    q = student.detach().softmax(-1)
+    rest = 1 - q.gather(-1, index).sum(-1, keepdim=True)
+    others = q * (1 - target[..., -1:].exp() / rest)
+    expected = others.scatter(-1, index, q.gather(-1, index) - target[..., :-1].exp()) / 21
+    torch.testing.assert_close(student.grad, expected)
+
+
+def test_kl_of_the_top_stays_finite_where_there_is_no_rest():
+    index, target = torch.tensor([[0]]), torch.tensor([[0.0, -65504.0]]).half()
+    sure = torch.tensor([[90.0, -90.0, -90.0]], requires_grad=True)                # 1 - q is 0 in fp32, the sum of the others is not
+    value = loss.kl_top(sure, index, target)
+    value.backward()
+    assert float(value.detach()) == 0.0 and bool(sure.grad.isfinite().all())
+    wrong = torch.tensor([[-90.0, 90.0, 0.0]], requires_grad=True)
+    loss.kl_top(wrong, index, target).backward()
+    torch.testing.assert_close(wrong.grad, torch.tensor([[-1.0, 1.0, 0.0]]))
+
+
 def test_mse_and_cosine():
     torch.testing.assert_close(loss.mse(LOGITS, OTHER), F.mse_loss(LOGITS, OTHER))
     torch.testing.assert_close(loss.cosine(LOGITS, OTHER), (1 - F.cosine_similarity(LOGITS, OTHER, dim=-1)).mean())

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..core.error import QuantError
+from ..core.error import QuantError, RunError
 from ..core.estimator import Clip
 from ..core.grain import Grain, Group, PerChannel, PerTensor, PerToken
 from ..core.grid import Grid, Ternary, Uniform
@@ -37,6 +37,7 @@ from ..core.scale import AbsMax, AbsMean, Learned
 from ..model.coverage import describe
 from ..model.roles import Role
 from ..model.rules import Rule, keep_full, quantize
+from ..train.cached import cached
 from ..train.fit import fit
 from ..train.optim import AdamW
 from ..train.schedule import cosine
@@ -47,8 +48,8 @@ WHOLE = range(2, 9)                                               # at 1 bit the
 
 
 def lsq(model: nn.Module, task: Task, *, bits: float = 4, input_bits: int | None = None, group: int | None = None, static: bool = False,
-        distil: bool = False, lr: float = 3e-4, scale_lr: float = 0.01, weight_decay: float = 0.0, warmup: float = 0.05,
-        steps: int = 400) -> nn.Module:
+        distil: bool = False, teacher_cache: str | None = None, lr: float = 3e-4, scale_lr: float = 0.01, weight_decay: float = 0.0,
+        warmup: float = 0.05, steps: int = 400) -> nn.Module:
     """Fine-tune all weights and their steps.
 
     Args:
@@ -57,6 +58,7 @@ def lsq(model: nn.Module, task: Task, *, bits: float = 4, input_bits: int | None
         group: inputs that share a weight's step; None is one step for each output channel.
         static: learn one step for each input tensor (encoders, vision) in place of a fresh one for each token.
         distil: learn from the full-precision model's logits in place of the labels.
+        teacher_cache: a directory that keeps what the teacher says; it is asked once for each sample, then read. Only with distil.
         lr: peak learning rate of the weights.
         scale_lr: peak learning rate of the steps, as a share of each step's own size.
         weight_decay: of matrices only.
@@ -67,16 +69,20 @@ def lsq(model: nn.Module, task: Task, *, bits: float = 4, input_bits: int | None
         The model, its layers quantized and trained, in eval mode.
 
     Raises:
-        QuantError: bits that LSQ does not speak of.
+        QuantError: bits that LSQ does not speak of. RunError: a teacher_cache without a teacher.
     """
+    if teacher_cache is not None and not distil:
+        raise RunError(f"teacher_cache={teacher_cache!r} without distil learns from the labels and asks no teacher; say distil=True (--distil), "
+                       "or leave teacher_cache out")
     teacher = Teacher.of(model) if distil else None
     grain: Grain = PerChannel() if group is None else Group(group)
     weight = Quant(signed(bits), grain, Learned(AbsMean(1.0) if bits == 1.58 else AbsMean(2.0, per_root=True)), Clip())
     inputs = None if input_bits is None else of_input(input_bits, static)
     quantize(model, [*keep_full(Role.EMBEDDING, Role.HEAD, Role.CLASSIFIER), Rule("*", weight=weight, input=inputs)], task)
     describe(model, task.probe()).check()
-    fit(model, task, optimizer=AdamW(lr=lr, weight_decay=weight_decay, scale_share=scale_lr),
-        schedule=cosine(warmup), steps=steps, loss=Distil(task, teacher) if teacher is not None else None)
+    loss = Distil(task, cached(teacher_cache, teacher, task, steps)) if teacher is not None else None
+    del teacher                                                   # a cached one has done its work: its memory is free
+    fit(model, task, optimizer=AdamW(lr=lr, weight_decay=weight_decay, scale_share=scale_lr), schedule=cosine(warmup), steps=steps, loss=loss)
     return model
 
 

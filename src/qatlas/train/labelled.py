@@ -29,6 +29,18 @@ class Labelled(Task):
             return loss.mse(logits.reshape(len(logits), -1), batch["labels"].reshape(len(logits), -1))
         return loss.cross_entropy(logits, batch["labels"])
 
+    def divergence(self, student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
+        """Of a regression the mean squared difference, since one number is no distribution.
+
+        Raises:
+            RunError: a temperature for a regression.
+        """
+        if not self.regression:
+            return super().divergence(student, teacher, temperature, mask)
+        if temperature != 1:
+            raise RunError(f"temperature={temperature:g}: the number of a regression has none; take temperature=1")
+        return loss.mse(student, teacher, mask)
+
     def score(self, model: nn.Module) -> dict[str, float]:
         """`accuracy` (0 to 1), `matthews` and `loss`; for a regression `pearson`, `spearman` and `loss`."""
         found = [(logits.float().cpu(), batch["labels"].cpu()) for logits, batch in self.predictions(model)]

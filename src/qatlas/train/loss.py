@@ -84,6 +84,28 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, mask: Tensor | None = N
     return average(each, mask)
 
 
+def kl_top(student: Tensor, index: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`kl` from a teacher of which only the k most probable outcomes are known, and the mass of all the rest as one outcome more:
+
+        sum_k p_k (log p_k - log q_k)  +  p_rest (log p_rest - log q_rest),      q_rest = sum of all other q
+
+    in nats, a mean over positions. It is `kl` less p_rest times the divergence within the rest, hence never more than `kl`, and `kl` itself where k
+    is all. There is no temperature: the rest cannot be tempered. fp64 stays fp64.
+
+    student (..., classes): logits. index (..., k): the outcomes. target (..., k + 1): their log-probabilities, the last one is the rest's; they are
+    normalised here, since rounding has moved their sum. mask (...), True where a position counts.
+
+    >>> kl_top(torch.zeros(1, 4), torch.tensor([[2]]), torch.tensor([[0.25, 0.75]]).log()).abs() < 1e-6
+    tensor(True)
+    """
+    z = student if student.dtype == torch.float64 else student.float()
+    nothing = torch.finfo(z.dtype).min                            # finite: 0 times infinity is NaN
+    rest = z.scatter(-1, index, nothing).logsumexp(-1, keepdim=True)                          # (..., 1): of the others, never 1 - sum of the k
+    q = F.log_softmax(torch.cat([z.gather(-1, index), rest], -1), -1)
+    p = F.log_softmax(target.to(z.dtype).clamp(min=nothing), -1)
+    return average((p.exp() * (p - q)).sum(-1), mask)
+
+
 def mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared difference. student, teacher (..., features); mask (...), True where a position counts.
 

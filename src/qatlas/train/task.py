@@ -97,6 +97,10 @@ class Task:
         """The loss of the task: a scalar, a mean over `weight(batch)` items."""
         raise NotImplementedError
 
+    def divergence(self, student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
+        """How far the student's logits are from the teacher's: what distillation minimises. mask (...), True where a position counts."""
+        return loss.kl(student, teacher, temperature, mask)
+
     def weight(self, batch: Batch) -> int:
         """Over how many items `loss` is a mean: what makes micro-batches add up to the whole."""
         return len(batch["labels"])

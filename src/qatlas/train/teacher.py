@@ -2,16 +2,19 @@
 
     Teacher(model)        another model, or a frozen copy of the student as it is now (Teacher.of)
     SelfTeacher(model)    the student's own weights with its quantizers off, at this very moment: no second copy in memory, and it moves along
+    CachedTeacher         what a teacher said, read from disk (see cached)
 
-A teacher maps a batch to logits, in eval mode and without a graph. `Distil` makes a loss of it, for `fit(loss=...)`. A teacher is not part of a
-resume point: it is made again from where the paper took it.
+The first two map a batch to logits, in eval mode and without a graph. All three say how far a student's logits are from theirs (`divergence`), of
+which `Distil` makes a loss for `fit(loss=...)`. A teacher is not part of a resume point: it is made again from where the paper took it; what kind it
+was is compared (`source`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +26,30 @@ from .evaluate import judged
 from .task import Batch, Task, moved
 
 
-class Teacher:
+class AnyTeacher(Protocol):
+    """What `Distil` asks of a teacher. source: plain JSON that a resume point compares."""
+
+    @property
+    def source(self) -> Any: ...
+
+    def divergence(self, task: Task, batch: Batch, logits: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor: ...
+
+
+class Live:
+    """Answers each batch anew: `__call__` gives the logits."""
+
+    source: Any = "live"
+
+    def __call__(self, task: Task, batch: Batch) -> Tensor:
+        """The logits of a batch: as the task's `logits`."""
+        raise NotImplementedError
+
+    def divergence(self, task: Task, batch: Batch, logits: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
+        """How far the student's logits are from the teacher's: as the task's `divergence`."""
+        return task.divergence(logits, self(task, batch), temperature, mask)
+
+
+class Teacher(Live):
     """A frozen model. It is put into eval mode, its parameters lose their gradients, and it follows the batch to its device.
 
     >>> Teacher(nn.Linear(2, 2)).model.weight.requires_grad
@@ -51,8 +77,10 @@ class Teacher:
             return self(task, batch), found
 
 
-class SelfTeacher:
+class SelfTeacher(Live):
     """The student itself, quantizers off."""
+
+    source = "self"
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -82,20 +110,20 @@ def full_precision(model: nn.Module) -> Iterator[None]:
 
 
 class Distil:
-    """A loss for `fit`: (1 - share) * the task's loss + share * kl(student, teacher, temperature), over the positions that the task counts.
+    """A loss for `fit`: (1 - share) * the task's loss + share * the teacher's divergence from the student, over the positions that the task counts.
 
     Raises:
         RunError: teacher and student with another number of classes.
     """
 
-    def __init__(self, task: Task, teacher: Callable[[Task, Batch], Tensor], *, temperature: float = 1.0, share: float = 1.0) -> None:
+    def __init__(self, task: Task, teacher: AnyTeacher, *, temperature: float = 1.0, share: float = 1.0) -> None:
+        self.source = teacher.source                              # first: the error of a resume point shows the beginning
         self.task, self.teacher, self.temperature, self.share = task, teacher, temperature, share
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        target = self.teacher(self.task, batch)
         kept = Once(self.task.logits(model, batch))
         mask = loss.predicted(batch["labels"]) if kept.logits.dim() == 3 else None
-        soft = loss.kl(kept.logits, target, self.temperature, mask)
+        soft = self.teacher.divergence(self.task, batch, kept.logits, self.temperature, mask)
         return soft if self.share == 1 else (1 - self.share) * self.task.loss(kept, batch) + self.share * soft
 
 
