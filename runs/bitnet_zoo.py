@@ -12,9 +12,9 @@ with the quantizers whole. Each row at each learning rate, since quantized model
     b1, SubLN                   the sign
 
 The paper's claims at this size: full precision < b1.58 < b1 in perplexity; SubLN with the higher rate better than none; two stages no worse than one
-cosine. The text is small (about 440 steps an epoch), so more than three epochs measure memory, not language.
+cosine. The text is small: 400 steps are about one epoch, and more than three measure memory, not language.
 
-    python runs/bitnet_zoo.py [--out out/bitnet_zoo] [--seeds 3] [--steps 800] [--lrs 5e-4 1.5e-3 4.5e-3]
+    python runs/bitnet_zoo.py [--out out/bitnet_zoo] [--seeds 3] [--steps 400] [--lrs 1.5e-3 4.5e-3]
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out/bitnet_zoo")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--lrs", type=float, nargs="+", default=[5e-4, 1.5e-3, 4.5e-3])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--lrs", type=float, nargs="+", default=[1.5e-3, 4.5e-3])
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
     given = parser.parse_args()
