@@ -136,6 +136,9 @@ def test_one_bit_is_stored_as_it_is_computed(seed):
     quantizer = of_weight(1).build()
     assert torch.equal(quantizer(w), quantizer.quantize(w).dequantize())
     assert torch.equal(quantizer(w, shift), quantizer.quantize(w, shift).dequantize())
+    g = draw(seed + 2, 8, 24)
+    quantizer(w, shift.requires_grad_()).backward(g)              # an adapter in the grid still learns
+    torch.testing.assert_close(shift.grad, g * w.abs().mean())
 
 
 def test_zeros_stay_finite():

@@ -85,12 +85,12 @@ class Centred(Quant):
 class Centring(Quantizer):
     """The module of `Centred`: a shift of the places by -mean(x) / s, deaf as s is."""
 
-    @torch.no_grad()
     def centre(self, x: Tensor, shift: Tensor | None) -> Tensor:
-        """x, and a shift in steps or None -> the whole shift."""
-        view = self.quant.grain.view(working(x.detach()))
-        middle = (-view.mean(-1, keepdim=True) / self.quant.scale.cast(self.place(view).s)).expand_as(view)
-        middle = self.quant.grain.back(middle, x.shape)
+        """x, and a shift in steps (an adapter's) or None -> the whole shift."""
+        with torch.no_grad():
+            view = self.quant.grain.view(working(x))
+            middle = (-view.mean(-1, keepdim=True) / self.quant.scale.cast(self.place(view).s)).expand_as(view)
+            middle = self.quant.grain.back(middle, x.shape)
         return middle if shift is None else shift + middle
 
     def forward(self, x: Tensor, shift: Tensor | None = None, known: Known | None = None) -> Tensor:
