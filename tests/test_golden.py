@@ -37,6 +37,8 @@ from qatlas.core.scale import AbsMax, AbsMean, Learned, MinMax, Percentile, Rms
 from qatlas.core.transform import hadamard
 from qatlas.export.gguf.layout import LAYOUTS
 from qatlas.model import taps
+from qatlas.papers.bitnet import of_input as bitnet_input
+from qatlas.papers.bitnet import of_weight as bitnet_weight
 from qatlas.papers.paretoq import of_weight
 from qatlas.papers.teacher_intervention import Intervened
 from qatlas.papers.ternarybert import activations, ternarize
@@ -199,6 +201,8 @@ REFUSED = [
     Refused("quest", lambda p, a: p.get("centered") is False and p["cls"] != "STEQuantizer", "its negative clip lacks a division by n: far too wide"),
     Refused("quest", has("cls", "PACT"), "its gradient mask is inverted: only what was clipped trains, and clipping stops that"),
     Refused("bitnet", has("kind", "auto_offline_bias"), "the bias is multiplied with the weight's scale"),
+    Refused("bitnet", has("kind", "gpu_bitlinear_bf"), "no straight-through: the input hears the scale of its token only", lambda p, a: {
+        "grad_x": torch.ones_like(a["grad_x"], dtype=torch.bool)}),
     Refused("quest", has("cls", "TrustQuantizer"), UP, level),
     Refused("quest", has("cls", "STEQuantizer"), UP, level),
     Refused("quest", has("cls", "ClipQuantizer"), UP, level),
@@ -395,20 +399,28 @@ def teacher_intervention(c: Case) -> Answer:
     return answer | {f"grad:{name}": grads[-1][name] for name in c.p["full_grads"] if grads[-1][name] is not None}
 
 
-@maps("bitnet")
+@maps("bitnet", "w2")
 def bitnet(c: Case) -> Answer:
-    weight = Quant(Ternary(), PerTensor(), AbsMean(floor=1e-5))
-    inputs = Quant(Uniform(8), PerToken(), AbsMax(floor=1e-5 / 127))
+    weight, inputs = bitnet_weight(1.58), bitnet_input()
     if c.kind.startswith("weight") or c.kind == "act":
         dtype = {"bf16": torch.bfloat16}.get(c.p.get("dtype", ""), c.a["y"].dtype)
         return fake(c, inputs if c.kind == "act" else weight, "x" if c.kind == "act" else "w", dtype)
     if c.kind.startswith("auto_online"):
         return layer(c, weight, inputs)
-    if c.kind.startswith("auto_offline") and "bias" not in c.a:
-        codes = Ternary().encode(c.a["codes"].float())
-        stored = QTensor(codes, c.a["weight_scale"], None, None, Ternary(), PerTensor())
-        return {"y": F.linear(Quantizer(inputs)(c.a["x"]), stored.dequantize())}
-    return None
+    if c.kind == "gpu_layout":
+        stored = weight.quantize(c.a["w"])
+        return {"codes": stored.codes, "w_hat": stored.dequantize()}
+    if c.kind == "gpu_bitlinear_bf":
+        return layer(c, None, inputs)
+    codes = Ternary().encode(c.a["codes"].float())
+    rows = F.pad(codes, (0, 0, 0, -len(codes) % 4)).unflatten(0, (4, -1))      # a byte holds four rows that lie a quarter of the matrix apart
+    packed = {"packed": pack_bits(rows.permute(1, 2, 0), 2).squeeze(-1)} if "packed" in c.a else {}
+    if c.kind == "pack":
+        return packed
+    given = c.a["weight_scale"]                                   # of AutoBitLinear the step, of BitLinear one over it
+    step = given if c.kind.startswith("auto") else torch.tensor([1 / given.item()])
+    stored = QTensor(codes, step, None, None, Ternary(), PerTensor())
+    return packed | {"y": F.linear(Quantizer(inputs)(c.a["x"]), stored.dequantize(), c.a.get("bias"))}
 
 
 @maps("bit", "alpha_after")

@@ -12,7 +12,7 @@ import qatlas.train
 from qatlas.core.error import RunError
 from qatlas.train.fit import fit
 from qatlas.train.optim import SGD, AdamW
-from qatlas.train.tactic import Freeze, Pass, Tactic
+from qatlas.train.tactic import Freeze, NoDecay, Pass, Ramp, Tactic
 
 
 def every(kind):
@@ -57,6 +57,55 @@ def test_freeze_holds_the_scales_for_its_part():
     seen = []
     run([Freeze(0.5), Look()])
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[3], seen[4])
+
+
+@pytest.mark.parametrize("over, steps, wanted", [(0.0, 3, [1, 1, 1]), (0.5, 4, [1 / 3, 2 / 3, 1, 1]), (1.0, 3, [1 / 3, 2 / 3, 1]), (1.0, 1, [1]),
+                                                 (0.01, 2, [0.5, 1])])
+def test_ramp_rises_in_equal_amounts_and_ends_at_one(over, steps, wanted):
+    assert [Ramp(over).blend(step, steps) for step in range(steps)] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("scheme, keep", [("w2a8", "each"), ("w2a8", "buffer"), ("w1.58a8", "buffer"), ("w1.58a8", "recompute")])
+def test_ramp_mixes_however_the_weight_is_kept(scheme, keep):
+    plain, losses, states = run(scheme=scheme), {}, {}
+    for how in ("each", keep):
+        model = quantized(llama(dropout=0.1), scheme, how)
+        losses[how] = fit(model, task(), steps=5, optimizer=AdamW(1e-2), tactics=[Ramp(1.0)]).loss
+        states[how] = model.state_dict()
+    assert losses["each"] == losses[keep] and all(torch.equal(a, b) for a, b in zip(states["each"].values(), states[keep].values(), strict=True))
+    assert losses[keep][0] != plain[1].loss[0]
+
+
+def test_ramp_reaches_every_quantizer_and_judges_none_of_the_mixture():
+    class Look(Tactic):
+        def after(self, loop):
+            seen.append({module.blend for module in loop.model.modules() if hasattr(module, "blend")})
+            layer = next(loop.layers())[1].eval()
+            assert torch.equal(layer.computed(), layer.quantize().dequantize())
+            layer.train()
+            assert torch.equal(layer.computed(), layer.quantize().dequantize()) is (loop.step == 4)
+
+    seen = []
+    run([Ramp(1.0), Look()], "w2a8")
+    assert seen == [{i / 5} for i in range(1, 6)]
+
+
+def test_no_decay_ends_the_decay_and_nothing_else():
+    class Look(Tactic):
+        def after(self, loop):
+            seen.append([group["weight_decay"] for group in loop.optimizer.param_groups])
+
+    seen = []
+    ends, _ = run([NoDecay(0.5), Look()], optimizer=AdamW(1e-2, weight_decay=0.3))
+    assert seen == 2 * [[0.3, 0.0, 0.0]] + 3 * [[0.0, 0.0, 0.0]]
+    whole, _ = run(optimizer=AdamW(1e-2, weight_decay=0.3))
+    assert float(ends["model.layers.0.mlp.up_proj.weight"].norm()) > float(whole["model.layers.0.mlp.up_proj.weight"].norm())
+
+
+@pytest.mark.parametrize("make", [lambda: Ramp(1.1), lambda: Ramp(-0.1), lambda: NoDecay(2.0)])
+def test_parts_of_a_run_lie_in_it(make):
+    with pytest.raises(RunError, match="from 0 to 1"):
+        make()
 
 
 class Sam(Tactic):

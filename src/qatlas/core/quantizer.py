@@ -100,11 +100,12 @@ class Quantizer(nn.Module):
 
     quant: the value. It may change once, in `settle`, when calibration decides the signedness.
     on: False lets x pass (the self-teacher, comparisons).
+    blend: in training mode the answer is x + blend (y - x); 1 is y. Eval mode and `quantize` always say y, which is what will be stored.
     """
 
     def __init__(self, quant: Quant) -> None:
         super().__init__()
-        self.quant, self.on = quant, True
+        self.quant, self.on, self.blend = quant, True, 1.0
         if quant.scale.keeps != "nothing" and isinstance(quant.grain, PerToken):
             raise QuantError(f"a {type(quant.scale).__name__} scale cannot serve per token: tokens come and go; write AbsMax(), or PerTensor()")
         self.scale: Tensor | None = None
@@ -182,6 +183,7 @@ class Quantizer(nn.Module):
         strength = quant.scale.strength(view.shape, x.shape, quant.grid)
         value = None if known is None else quant.grain.view(known.value)
         y = Snap.apply(view, *place, None if shift is None else quant.grain.view(shift), value, quant, strength)
+        y = torch.lerp(view, y, self.blend) if self.training and self.blend < 1 else y      # dx: (1 - blend) g + blend estimator(g)
         return quant.grain.back(y, x.shape).to(x.dtype)
 
     @torch.no_grad()

@@ -21,8 +21,8 @@ class QEmbedding(Quantized, nn.Embedding):
     replaces = nn.Embedding
 
     def _set(self, slots, peak) -> None:  # type: ignore[no-untyped-def]
-        if slots.input is not None or slots.transform is not None:
-            raise QuantError("an embedding has ids as input: its rule takes weight (and output), not input or transform")
+        if slots.input is not None or slots.transform is not None or slots.norm is not None:
+            raise QuantError("an embedding has ids as input: its rule takes weight (and output), not input, transform or norm")
         if self.max_norm is not None or self.sparse:
             raise QuantError("an embedding with max_norm would write into the quantized table, and sparse gradients do not pass a quantizer; "
                              "set max_norm=None and sparse=False, or keep it in full precision")

@@ -75,7 +75,7 @@ class Packed(Layer):
         for name in cls.conf:
             setattr(packed, name, getattr(layer, name))
         packed.input_quantizer, packed.output_quantizer = layer.input_quantizer, layer.output_quantizer
-        packed.transform, packed.adapter = layer.transform, layer.adapter
+        packed.transform, packed.adapter, packed.norm = layer.transform, layer.adapter, layer.norm
         return packed.train(layer.training)
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class Packed(Layer):
         self.store: Store
         self.bias: Tensor | None = None
         self.input_quantizer = self.output_quantizer = None
-        self.transform, self.adapter = None, None
+        self.transform, self.adapter, self.norm = None, None, None
 
     def qtensor(self) -> QTensor:
         """The weight as data, (out, ...)."""
@@ -118,6 +118,7 @@ class Packed(Layer):
         for name, value in meta["conf"].items():
             setattr(packed, name, tuple(value) if isinstance(value, list) else value)
         slots: Slots = packed.slots
+        packed.norm = None if slots.norm is None else slots.norm.build(torch.empty(tuple(meta["tensor"]["shape"])))
         with torch.device("cpu"):                                 # these look at values; an empty layer may be asked for on the meta device
             for name, quant in meta["quants"].items():
                 setattr(packed, f"{name}_quantizer", blank_quantizer(quant, meta.get("steps", {}).get(name)))

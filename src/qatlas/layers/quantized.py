@@ -1,6 +1,6 @@
 """Quantized: what every layer with quantized numbers has in common. A layer's own file adds one line, its product.
 
-    x -> transform -> input quantizer -> product with the kept weight -> adapter beside -> output quantizer
+    x -> norm -> transform -> input quantizer -> product with the kept weight -> adapter beside -> output quantizer
 
 The weight that enters the product is computed from the fp32 master, which stays where it was, under its own name and in its own layout:
 
@@ -33,6 +33,7 @@ from ..core.qtensor import QTensor
 from ..core.quantizer import Known, Quant, Quantizer
 from ..core.transform import Maps, Transform
 from .adapter import Adapter, AdapterSpec
+from .norm import Norm
 from .rows import Rows, RowsQuantizer
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ KEEP = ("each", "buffer", "recompute")
 
 @dataclass(frozen=True)
 class Slots(Noun):
-    """What is said about one layer: its Quants, transform, adapter, and how the quantized weight is kept. None is full precision, or nothing."""
+    """What is said about one layer: its Quants, transform, adapter, how the quantized weight is kept, the norm in front. None is full precision, or
+    nothing."""
 
     weight: Quant | Rows | None = None
     input: Quant | None = None
@@ -51,6 +53,7 @@ class Slots(Noun):
     transform: Transform | None = None
     adapter: AdapterSpec | None = None
     keep: str = "each"
+    norm: Norm | None = None
 
     def __post_init__(self) -> None:
         if self.keep not in KEEP:
@@ -65,6 +68,7 @@ class Layer(nn.Module):
     output_quantizer: Quantizer | None
     transform: Maps | None
     adapter: Adapter | None
+    norm: nn.Module | None
 
     def computed(self) -> Tensor:
         """The weight that enters the product, (out, ...)."""
@@ -75,6 +79,7 @@ class Layer(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x if self.norm is None else self.norm(x)
         q = x if self.transform is None else self.transform.of_input(x).to(x.dtype)
         q = q if self.input_quantizer is None else self.input_quantizer(q)
         y = self.multiply(q)
@@ -114,6 +119,9 @@ class Quantized(Layer):
             self.weight.data = self.weight.data.float()            # masters are fp32: a bf16 master does not move at learning rate 1e-5
         if slots.transform is not None and self.matrix().dim() != 2:
             raise QuantError(f"a transform acts on linear layers only, not on {type(self).__name__}")
+        if slots.norm is not None and slots.transform is not None and slots.transform.needs_peak:
+            raise QuantError(f"{type(slots.transform).__name__} looks at the inputs as they come, the norm would change them; take one of the two")
+        self.norm = None if slots.norm is None else slots.norm.build(self.matrix())
         self.transform = slots.transform.build(self.matrix().detach(), peak) if slots.transform is not None else None
         self.adapter = slots.adapter.build(self.matrix().detach()) if slots.adapter is not None else None
         for name in ("weight", "input", "output"):

@@ -58,7 +58,8 @@ def checkpoint(model: nn.Module, tokenizer: Path | str | None = None, name: str 
     A tied head is left out, as in Hugging Face's own files. The model stays as it is, packed or not.
 
     Raises:
-        QuantError: a layer whose codes are not those of its weight alone: a transform that is not folded, an adapter that is not merged.
+        QuantError: a layer whose codes are not those of its weight alone: a transform that is not folded, an adapter that is not merged, a norm in
+        front.
     """
     from ..export.checkpoint import Checkpoint
 
@@ -68,6 +69,9 @@ def checkpoint(model: nn.Module, tokenizer: Path | str | None = None, name: str 
             if not _inside(n, layers) and n not in inside}
     tensors: dict[str, Tensor | QTensor] = {}
     seen: set[int] = set()
+    if normed := [at for at, layer in layers.items() if layer.norm is not None]:
+        raise QuantError(f"{len(normed)} layers have a norm in front of them, for instance {normed[0]}: no exported weight contains it. The packed "
+                         "directory does; to export, train without")
     for at, layer in layers.items():
         if not isinstance(layer, Packed) or id(layer.store) in seen:
             continue

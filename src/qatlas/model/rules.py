@@ -34,6 +34,7 @@ from ..layers.attention import QUANTIZED, attends
 from ..layers.conv import QConv1d, QConv2d
 from ..layers.embedding import QEmbedding
 from ..layers.linear import QLinear, QTransposed
+from ..layers.norm import Norm
 from ..layers.packed import Packed
 from ..layers.quantized import Quantized, Slots
 from . import fused, inner
@@ -66,6 +67,7 @@ class Rule(Noun):
     transform: Transform | Unset | None = UNSET
     adapter: AdapterSpec | Unset | None = UNSET
     keep: str | Unset = UNSET
+    norm: Norm | Unset | None = UNSET
     signal: Quant | Unset | None = UNSET
     optional: bool = False
 
@@ -110,7 +112,8 @@ class Rule(Noun):
 def keep_full(*where: str) -> list[Rule]:
     """Rules that leave these roles or globs in full precision. A role may be absent from a model; a glob may not."""
     return [Rule(each, weight=None) if fused.parse(str(each))[1] else
-            Rule(each, weight=None, input=None, output=None, transform=None, adapter=None, optional=str(each).startswith("@")) for each in where]
+            Rule(each, weight=None, input=None, output=None, transform=None, adapter=None, norm=None, optional=str(each).startswith("@"))
+            for each in where]
 
 
 def of_scheme(text: str) -> list[Rule]:
@@ -259,6 +262,10 @@ def _fitted(model: nn.Module, plan: dict[str, Slots], target: str) -> dict[str, 
     form, kind = find_target(target)
     out, refused = {}, {}
     for name, slots in plan.items():
+        if slots.norm is not None:
+            refused[name] = FormatError(f"{target} holds weights, and has no place for the norm that the rules put in front of this layer; leave "
+                                        "out the norm, or the target")
+            continue
         if slots.weight is None:
             out[name] = slots
             continue

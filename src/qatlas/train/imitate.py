@@ -52,6 +52,8 @@ class Imitation:
         for name in weights:
             if name not in TERMS:
                 raise RunError(unknown("term of imitation", name, ["logits", *TERMS]))
+        if not hasattr(teacher, "signals"):
+            raise RunError(f"a {type(teacher).__name__} knows logits only; imitation looks inside its teacher: give a Teacher or a SelfTeacher")
         self.task, self.teacher, self.logits, self.class_mean = task, teacher, logits, class_mean
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.addresses = {name: find(student, name) for name in self.weights}

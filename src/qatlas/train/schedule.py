@@ -55,6 +55,23 @@ class Linear(Schedule):
         return 1 - along
 
 
+@dataclass(frozen=True)
+class TwoStage(Linear):
+    """A straight line whose height drops at once, at the part `at` of the run, to `second` of itself: a high rate while signs are found, a lower one
+    while they settle. Source: BitNet b1.58's training tips (microsoft/unilm, bitnet)."""
+
+    at: float = 0.5
+    second: float = 2 / 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 <= self.at <= 1 and self.second > 0):
+            raise RunError(f"TwoStage(at={self.at}, second={self.second}): the drop is at a part of the run, to a share above 0")
+
+    def __call__(self, progress: float) -> float:
+        return super().__call__(progress) * (self.second if progress >= self.at else 1.0)
+
+
 def cosine(warmup: float = 0.0, end: float = 0.0) -> Schedule:
     """Rise during `warmup`, then half a cosine wave down to `end`.
 
@@ -71,6 +88,15 @@ def linear(warmup: float = 0.0, end: float = 0.0) -> Schedule:
     0.75
     """
     return Linear(warmup, end)
+
+
+def two_stage(warmup: float = 0.0, end: float = 0.0, at: float = 0.5, second: float = 2 / 3) -> Schedule:
+    """Rise during `warmup`, then a straight line down to `end`, from `at` on at `second` of its height.
+
+    >>> round(two_stage(second=0.5)(0.5), 6)
+    0.25
+    """
+    return TwoStage(warmup, end, at, second)
 
 
 def constant(warmup: float = 0.0) -> Schedule:

@@ -17,6 +17,7 @@ turn is [Pass(enter=eight), Pass(enter=four), Pass(enter=two)], each stepping by
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..core.error import RunError
+from ..core.quantizer import Quantizer
 from ..layers.quantized import Quantized
 
 if TYPE_CHECKING:
@@ -165,3 +168,53 @@ class Freeze(Tactic):
                 if group["role"] == "scales":
                     for parameter in group["params"]:
                         parameter.grad = None                     # no gradient: neither the value nor its moments move
+
+
+class Ramp(Tactic):
+    """Let the quantizers in by and by: x + lambda (Q(x) - x), for weights and activations alike, lambda rising during the first part `over` of the
+    run (0: whole from the first step).
+
+    Lambda is a function of the step alone, so a resumed run goes on with it. It rises in equal amounts and is 1 in the last step whatever `over`
+    says: what is stored has been trained with. Only training is mixed; a judgement along the way is of the whole quantizers.
+
+    >>> [round(Ramp(0.5).blend(step, 6), 2) for step in range(6)]
+    [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    """
+
+    def __init__(self, over: float = 0.1) -> None:
+        if not 0 <= over <= 1:
+            raise RunError(f"Ramp(over={over}): a part of the run, from 0 to 1")
+        self.over = over
+
+    def blend(self, step: int, steps: int) -> float:
+        """Lambda of a step."""
+        mixed = min(math.ceil(self.over * steps), steps - 1)
+        return min(1.0, (step + 1) / (mixed + 1))
+
+    def before(self, loop: Loop) -> None:
+        for module in loop.model.modules():
+            if isinstance(module, Quantizer):
+                module.blend = self.blend(loop.step, loop.steps)
+
+
+class NoDecay(Tactic):
+    """Weight decay is 0 from the part `since` of the run on (1: never).
+
+    >>> NoDecay(0.5).since
+    0.5
+    """
+
+    def __init__(self, since: float = 0.5) -> None:
+        if not 0 <= since <= 1:
+            raise RunError(f"NoDecay(since={since}): a part of the run, from 0 to 1")
+        self.since = since
+
+    @classmethod
+    def idle(cls) -> NoDecay:
+        """One that never acts."""
+        return cls(1.0)
+
+    def before(self, loop: Loop) -> None:
+        if loop.progress >= self.since:
+            for group in loop.optimizer.param_groups:
+                group["weight_decay"] = 0.0
