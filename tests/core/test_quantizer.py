@@ -191,3 +191,23 @@ def test_an_expert_without_tokens() -> None:
 def test_a_learned_scale_that_shall_not_hear_anything_is_refused() -> None:
     with pytest.raises(QuantError, match="'clipped' or 'value'"):
         Learned(gradient="none")
+
+
+def test_a_clip_cuts_first_and_lets_no_gradient_pass_at_the_cut():
+    x = torch.tensor([[-3.0, -1.0, 0.2, 1.0, 0.9]], dtype=torch.float64, requires_grad=True)
+    quant = Quant(Uniform(4), scale=AbsMax(), clip=1.0)
+    quantizer = Quantizer(quant)
+    y = quantizer(x)
+    assert torch.equal(y, Quant(Uniform(4), scale=AbsMax()).hard(x.detach().clamp(-1, 1)))
+    torch.testing.assert_close(y.detach(), quantizer.quantize(x.detach()).dequantize().double())
+    y.backward(torch.ones_like(y))
+    assert x.grad.tolist() == [[0, 0, 1, 0, 1]]
+    with pytest.raises(QuantError, match="positive number"):
+        Quant(Uniform(4), clip=0.0)
+
+
+@pytest.mark.parametrize("gradient", ["none", "statistic"])
+def test_a_clip_under_a_scale_that_hears_its_statistic(gradient):
+    x = torch.tensor([[-3.0, 0.2, 0.9]], dtype=torch.float64, requires_grad=True)
+    Quantizer(Quant(Uniform(4), scale=AbsMax(gradient=gradient), clip=1.0))(x).sum().backward()
+    assert x.grad[0, 0] == 0 and x.grad[0, 1] == 1

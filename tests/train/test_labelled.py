@@ -156,3 +156,26 @@ def test_real_data():
     assert (mnist.rows, mnist.held_rows, mnist.classes) == (60_000, 10_000, 10) and mnist.batch(0)["pixel_values"].shape == (4, 1, 28, 28)
     photo = Images(str(root / "pacs64/photo.parquet"), batch=4)
     assert photo.classes == 7 and photo.batch(0)["pixel_values"].shape == (4, 3, 64, 64)
+
+
+def test_augmentation_is_a_function_of_seed_and_step_and_leaves_the_held_out_part_alone():
+    from sentences import Letters
+
+    def swapped(sentences, draw):
+        words = sentences[0].split()
+        draw.shuffle(words)
+        return [" ".join(words)]
+
+    rows = {"text": ["a b c d e f", "g h i j k l"], "label": [0, 1]}
+
+    def made(**more):
+        return Classification(data.Table(rows, rows), Letters(), batch=2, run=Run(progress=False), **more)
+
+    plain, task = made(), made(augment=swapped)
+    one, again, later = task.batch(0)["input_ids"], task.batch(0)["input_ids"], task.batch(1)["input_ids"]
+    assert torch.equal(one, again) and not torch.equal(one, plain.batch(0)["input_ids"])
+    assert not torch.equal(one.sort(0).values, later.sort(0).values)
+    assert torch.equal(next(task.held_out())["input_ids"], next(plain.held_out())["input_ids"])
+    assert task.fingerprint != plain.fingerprint
+    with pytest.raises(DataError, match="2 sentences for a row of 1"):
+        made(augment=lambda sentences, draw: [*sentences, "more"]).batch(0)

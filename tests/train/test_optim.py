@@ -8,7 +8,7 @@ from torch import nn
 from qatlas.core.error import RuleError
 from qatlas.core.noun import from_json
 from qatlas.train.fit import fit
-from qatlas.train.optim import SGD, AdamW, only, set_rates, trained
+from qatlas.train.optim import SGD, AdamW, BertAdam, only, set_rates, trained
 
 
 def test_groups_by_role():
@@ -79,3 +79,23 @@ def test_a_relative_rate_follows_the_size_of_its_scale():
     for group in shares:
         assert group["lr"] == pytest.approx(0.005 * float(group["params"][0].detach().abs().mean()), rel=1e-6)
     assert all(group["lr"] == 5e-4 for group in optimizer.param_groups if not group.get("relative"))
+
+
+def test_bert_adam_by_hand():
+    """No bias correction, each gradient clipped by itself, decoupled decay; what has no gradient rests."""
+    model = nn.Linear(2, 1).double()
+    other = nn.Parameter(torch.ones(1, 1).double())
+    model.register_parameter("idle", other)
+    w, b = model.weight.detach().clone(), model.bias.detach().clone()
+    optimizer = BertAdam(lr=0.1, weight_decay=0.01).build(model, trained(model, "*"))
+    m, v = torch.zeros(1, 2).double(), torch.zeros(1, 2).double()
+    for g in (torch.tensor([[3.0, 4.0]]).double(), torch.tensor([[0.3, 0.4]]).double()):
+        optimizer.zero_grad()
+        model.weight.grad, model.bias.grad = g.clone(), torch.tensor([0.5]).double()
+        optimizer.step()
+        cut = g / max(1.0, float(g.norm()) + 1e-6)
+        m, v = 0.9 * m + 0.1 * cut, 0.999 * v + 0.001 * cut**2
+        w = w - 0.1 * (m / (v.sqrt() + 1e-6) + 0.01 * w)
+    torch.testing.assert_close(model.weight.detach(), w, rtol=1e-5, atol=1e-8)
+    assert other.item() == 1.0 and model.bias.item() < b.item()
+    assert from_json(BertAdam().to_json()) == BertAdam()

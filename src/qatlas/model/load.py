@@ -152,6 +152,9 @@ def _tokenizer(where: str, task: str) -> Any:
     """The tokenizer (or image processor) that lies beside the weights, else None."""
     import transformers
 
+    if Path(where).is_dir() and not any((Path(where) / name).is_file() for name in pack.TOKENIZER):
+        return None                                               # transformers would make an empty one up
+
     auto = transformers.AutoImageProcessor if task == "image" else transformers.AutoTokenizer
     try:
         return auto.from_pretrained(where)

@@ -57,7 +57,7 @@ def roles(model: nn.Module) -> dict[str, set[Role]]:
     return found
 
 
-def _ask(model: nn.Module, question: str) -> Any:
+def ask(model: nn.Module, question: str) -> Any:
     """The module that transformers answers with, or None."""
     method = getattr(model, question, None)
     try:
@@ -67,13 +67,13 @@ def _ask(model: nn.Module, question: str) -> Any:
 
 
 def _head(model: nn.Module) -> list[str]:
-    head = _ask(model, "get_output_embeddings")
+    head = ask(model, "get_output_embeddings")
     return [name for name, module in model.named_modules() if head is not None and module is head]
 
 
 def _patches(model: nn.Module) -> list[str]:
     """The convolutions inside a vision model's input embeddings."""
-    inputs = _ask(model, "get_input_embeddings")
+    inputs = ask(model, "get_input_embeddings")
     if inputs is None:
         return []
     inner = {id(module) for module in inputs.modules() if isinstance(module, nn.modules.conv._ConvNd)}

@@ -46,7 +46,7 @@ from ..core.grid import Grid, Ternary, Uniform
 from ..core.quantizer import Quant, Quantizer
 from ..core.scale import AbsMax, AbsMean, MinMax, Place, Scale
 from ..model.coverage import describe
-from ..model.roles import Role
+from ..model.roles import Role, ask
 from ..model.rules import Rule, keep_full, quantize
 from ..train.fit import fit
 from ..train.imitate import Imitation, teacher_for
@@ -208,15 +208,15 @@ def activations(bits: int, grain: Grain, minmax: bool, clip: float | None) -> tu
     return signed, inner
 
 
-def word_embedding(model: Any) -> str | None:
+def word_embedding(model: nn.Module) -> str | None:
     """The name of the input embeddings, where they are a table."""
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    table = ask(model, "get_input_embeddings")
     return next((name for name, module in model.named_modules() if module is table and isinstance(module, nn.Embedding)), None)
 
 
-def tied(model: Any) -> bool:
+def tied(model: nn.Module) -> bool:
     """Whether the output head is the input embedding."""
-    head, table = (getattr(model, ask)() if hasattr(model, ask) else None for ask in ("get_output_embeddings", "get_input_embeddings"))
+    head, table = ask(model, "get_output_embeddings"), ask(model, "get_input_embeddings")
     return head is not None and getattr(head, "weight", None) is getattr(table, "weight", None)
 
 

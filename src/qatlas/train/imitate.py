@@ -28,6 +28,7 @@ from ..core.error import QatlasError, RunError, unknown
 from ..model import signals
 from ..model.blocks import blocks
 from ..model.load import TASKS, load
+from ..model.roles import ask
 from ..model.taps import read
 from . import loss
 from .evaluate import judged
@@ -124,9 +125,7 @@ def see_alike(teacher: nn.Module, student: nn.Module, task: Task) -> None:
     theirs, own = len(blocks(teacher)), len(blocks(student))
     if theirs != own:
         raise RunError(f"the teacher has {theirs} blocks, the student {own}: imitation goes block by block. Take a teacher of the same depth")
-    both: list[Any] = [teacher, student]
-    tables = [m.get_input_embeddings() if hasattr(m, "get_input_embeddings") else None for m in both]
-    rows = [getattr(table, "num_embeddings", None) for table in tables]
+    rows = [getattr(ask(model, "get_input_embeddings"), "num_embeddings", None) for model in (teacher, student)]
     if None not in rows and rows[0] != rows[1]:
         raise RunError(f"the teacher knows {rows[0]} tokens, the student {rows[1]}: they do not share a vocabulary; take one of the same family")
     takes = inspect.signature(teacher.forward).parameters

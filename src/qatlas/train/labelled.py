@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from ..core.error import DataError, RunError
 from . import data, loss
+from .resume import described
 from .run import Run
-from .task import Batch, Task, output
+from .task import Batch, Task, labels, output
 
+Augment = Callable[[list[str], np.random.Generator], Sequence[str]]
 SENTENCES = (("text",), ("sentence1", "sentence2"), ("question", "sentence"), ("premise", "hypothesis"), ("sentence",))
 
 
@@ -26,8 +28,8 @@ class Labelled(Task):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         logits = self.logits(model, batch)
         if self.regression:
-            return loss.mse(logits.reshape(len(logits), -1), batch["labels"].reshape(len(logits), -1))
-        return loss.cross_entropy(logits, batch["labels"])
+            return loss.mse(logits.reshape(len(logits), -1), labels(batch).reshape(len(logits), -1))
+        return loss.cross_entropy(logits, labels(batch))
 
     def divergence(self, student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
         """Of a regression the mean squared difference, since one number is no distribution.
@@ -57,13 +59,15 @@ class Classification(Labelled):
 
     source: an address of `data.table`, or a `data.Table`. columns: the sentences' columns; by default the first that fits of text; sentence1,
     sentence2; question, sentence; premise, hypothesis; sentence. The labels' column is `label`.
+    augment: (the sentences of a row, a random generator) -> as many other sentences, for training rows only: a pure function, so that a step's batch
+    stays a pure function of (seed, step). TinyBERT's replacement of words is one.
 
     Raises:
         DataError: no rows, columns missing, labels that are missing or -1 (GLUE's hidden test labels).
     """
 
     def __init__(self, source: str | data.Table, tokenizer: Any, *, columns: Sequence[str] = (), regression: bool | None = None,
-                 length: int = 128, batch: int = 16, held_out: str | None = None,
+                 length: int = 128, batch: int = 16, held_out: str | None = None, augment: Augment | None = None,
                  target: str | None = None, extra_rules: Sequence[Any] = (), run: Run | None = None) -> None:
         super().__init__(batch, target, extra_rules, run)
         found = source if isinstance(source, data.Table) else data.table(source, held_out, [*columns, "label"])
@@ -74,18 +78,28 @@ class Classification(Labelled):
         parts = [(part, _labels(part)) for part in (found.train, found.held_out)]
         fractions = any(isinstance(v, float) and v != int(v) for v in parts[0][1])
         self.regression = fractions if regression is None else regression
-        self.tokenizer, self.length = tokenizer, length
+        self.tokenizer, self.length, self.augment = tokenizer, length, augment
         self.sentences = [[[str(s) for s in part[name]] for name in names] for part, _ in parts]
         self.labels = [torch.tensor(v, dtype=torch.float32 if self.regression else torch.long) for _, v in parts]
         self.classes = 1 if self.regression else int(max(v.max() for v in self.labels)) + 1
         self.rows, self.held_rows = map(len, self.labels)
-        self._mark(names, length, self.regression, found.fingerprint)
+        self._mark(names, length, self.regression, found.fingerprint, *([] if augment is None else [described(augment)]))
 
     def take(self, index: np.ndarray, step: int | None) -> Batch:
         part = 0 if step is not None else 1
         chosen = [[column[i] for i in index] for column in self.sentences[part]]
+        if self.augment is not None and step is not None:
+            chosen = self._augmented(chosen, step)
         rows = self.tokenizer(*chosen, padding=True, truncation=True, max_length=self.length, return_tensors="pt")
         return {**rows, "labels": self.labels[part][torch.from_numpy(index)]}
+
+    def _augmented(self, columns: list[list[str]], step: int) -> list[list[str]]:
+        assert self.augment is not None
+        rows = [list(self.augment(list(row), np.random.default_rng([self.run.seed, step, i, 3]))) for i, row in enumerate(zip(*columns, strict=True))]
+        wrong = next((row for row in rows if len(row) != len(columns)), None)
+        if wrong is not None:
+            raise DataError(f"augment gave {len(wrong)} sentences for a row of {len(columns)}; give as many back as came in")
+        return [list(column) for column in zip(*rows, strict=True)]
 
 
 class Images(Labelled):

@@ -102,8 +102,8 @@ class Task:
         return loss.kl(student, teacher, temperature, mask)
 
     def weight(self, batch: Batch) -> int:
-        """Over how many items `loss` is a mean: what makes micro-batches add up to the whole."""
-        return len(batch["labels"])
+        """Over how many items `loss` is a mean: what makes micro-batches add up to the whole. By default rows."""
+        return len(next(iter(batch.values())))
 
     def score(self, model: nn.Module) -> dict[str, float]:
         """Judge the model on the held-out part. Call it through `evaluate`, which sets and restores the mode."""
@@ -149,10 +149,10 @@ class LanguageModelling(Task):
         return {"input_ids": ids, "labels": ids}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return loss.next_token(self.logits(model, batch), batch["labels"])
+        return loss.next_token(self.logits(model, batch), labels(batch))
 
     def weight(self, batch: Batch) -> int:
-        return int(loss.predicted(batch["labels"]).sum())
+        return int(loss.predicted(batch["labels"]).sum()) if "labels" in batch else super().weight(batch)
 
     def score(self, model: nn.Module) -> dict[str, float]:
         """`loss` in nats a token, `perplexity` = exp(loss), `tokens` that were predicted."""
@@ -213,6 +213,18 @@ def _order(seed: int, epoch: int, n: int) -> np.ndarray:
 def output(answer: Any) -> Tensor:
     """The logits in what a model returned: transformers' `.logits`, or the tensor itself."""
     return getattr(answer, "logits", answer)
+
+
+def labels(batch: Batch) -> Tensor:
+    """The labels of a batch.
+
+    Raises:
+        DataError: a batch without.
+    """
+    if "labels" not in batch:
+        raise DataError(f"this loss compares with labels, and the batches hold only {', '.join(batch)}; give data with labels, or a loss that asks a "
+                        "teacher instead (Distil, Imitation)")
+    return batch["labels"]
 
 
 def device(model: nn.Module) -> torch.device:
