@@ -1,5 +1,7 @@
 """Pages that are made from the code: docs/papers/*.md from the papers' heads; README's shelf and tree from the first line of each head.
 
+A paper's page ends with the figures docs/figures/<paper>_*.png and .svg, where there are any.
+
     python runs/pages.py          # write them; a test holds that they are up to date
 """
 
@@ -70,7 +72,19 @@ def paper(name: str) -> str:
     title, _, body = inspect.getdoc(module).partition("\n")
     flags = "\n".join(["| flag | default | |", "|---|---|---|", *rows])
     return (f"<!-- made by runs/pages.py from src/qatlas/papers/{name}.py -->\n# {title}\n\n{fenced(body.strip())}\n\n## Flags\n\n"
-            f"`qatlas run {name} --model DIR --data FILE --out DIR`\n\n{flags}\n")
+            f"`qatlas run {name} --model DIR --data FILE --out DIR`\n\n{flags}\n{pictures(figures(name, papers.names()), name)}")
+
+
+def figures(name: str, names: list[str], folder: Path = ROOT / "docs" / "figures") -> list[Path]:
+    """The figures of a paper, <paper>_<what>.png or .svg; a file belongs to the paper with the longest name that it begins with."""
+    files = [path for path in sorted(folder.glob(f"{name}_*")) if path.suffix in (".png", ".svg")]
+    return [path for path in files if name == max((n for n in names if path.name.startswith(f"{n}_")), key=len)]
+
+
+def pictures(files: list[Path], name: str) -> str:
+    """The end of a paper's page: its figures, if it has any."""
+    shown = "".join(f"\n![{path.stem.removeprefix(f'{name}_').replace('_', ' ')}](../figures/{path.name})\n" for path in files)
+    return f"\n## Figures\n{shown}" if shown else ""
 
 
 def fenced(text: str) -> str:

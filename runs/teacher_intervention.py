@@ -14,7 +14,7 @@ Measured on held-out data: the task's score; the loss of imitation, and its curv
 needs to reach plain's last value; block-output MSE against the teacher by depth; the largest eigenvalue of the Hessian of the loss.
 
     python runs/teacher_intervention.py --task cola --teacher DIR --seed 0 --out DIR [--rows plain TI-G ...]      writes DIR/cola-0-plain.json ...
-    python runs/teacher_intervention.py table --out DIR                                                            the tables and figures
+    python runs/teacher_intervention_table.py --out DIR                                                            the tables and figures
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What is made from the code is up to date, and README's commands are the Makefile's."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,3 +40,24 @@ def test_the_shelf_has_a_row_for_each_paper_and_the_rest_of_a_text_stays():
     rows = made.shelf().splitlines()[2:]
     assert all(f"[`{name}`](docs/papers/{name}.md)" in row for name, row in zip(papers.names(), rows, strict=True))
     assert made.between("a <!-- x -->\nold<!-- /x --> b", "x", "new\n") == "a <!-- x -->\nnew\n<!-- /x --> b"
+
+
+def test_a_papers_page_ends_with_its_figures(tmp_path):
+    made = pages()
+    for file in ("lsq_b.png", "lsq_a_c.svg", "lsq_plus_d.png", "lsq_e.txt", "other_f.png"):
+        (tmp_path / file).touch()
+    names = ["lsq", "lsq_plus", "twn"]
+    assert [path.name for path in made.figures("lsq", names, tmp_path)] == ["lsq_a_c.svg", "lsq_b.png"]
+    assert [path.name for path in made.figures("lsq_plus", names, tmp_path)] == ["lsq_plus_d.png"]
+    assert made.pictures(made.figures("lsq", names, tmp_path), "lsq") == (
+        "\n## Figures\n\n![a c](../figures/lsq_a_c.svg)\n\n![b](../figures/lsq_b.png)\n")
+    assert made.pictures(made.figures("twn", names, tmp_path), "twn") == "" and "## Figures" not in made.pictures([], "lsq")
+
+
+def test_links_to_figures_lead_somewhere():
+    made = pages()
+    from qatlas import papers
+
+    for name in papers.names():
+        for link in re.findall(r"!\[[^\]]*\]\((.*?)\)", made.paper(name)):
+            assert (ROOT / "docs" / "papers" / link).resolve().is_file(), link
