@@ -29,11 +29,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qatlas.core.quantizer import Quant
 from qatlas.core.scale import AbsMax, MseSearch
-from qatlas.job import Job, run
+from qatlas.job import run
 from qatlas.model.load import load
 from qatlas.model.roles import Role
 from qatlas.model.rules import Rule, keep_full, quantize
 from qatlas.papers.lsq import signed
+from qatlas.prepare import Job
 from qatlas.train.data import Text
 from qatlas.train.fit import fit
 from qatlas.train.optim import AdamW

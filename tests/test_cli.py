@@ -264,4 +264,6 @@ def test_the_demo_in_two_steps(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr()
     assert "rounded, untrained" in said.out and (out / "exports/gguf-tq2_0/model.gguf").is_file()
     record = Record.read(out)
-    assert record.command.startswith("qatlas run lsq --bits=1.58") and all(proof["passed"] is not False for proof in record.proofs)
+    assert record.command.startswith("qatlas run teacher_intervention --rows=True --clip=null")
+    assert list(record.scores) == ["full precision", "untrained", "plain distillation", "trained", "packed"]
+    assert all(proof["passed"] is not False for proof in record.proofs)

@@ -11,9 +11,10 @@ from small import write_llama
 
 from qatlas import keep
 from qatlas.core.error import DataError, FormatError, RuleError, RunError
-from qatlas.job import Job, generate, plan, prepare, read_rules, run
+from qatlas.job import generate, plan, run
 from qatlas.model.load import load
 from qatlas.model.rules import Rule
+from qatlas.prepare import Job, prepare, read_rules
 from qatlas.record import Record
 from qatlas.train.run import Run
 

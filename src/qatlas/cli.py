@@ -83,7 +83,8 @@ def _run(argv: list[str]) -> int:
         print(f"usage: qatlas run PAPER [flags]\npapers: {', '.join(papers.names())}\n"
               "  qatlas run PAPER --help shows its flags; qatlas show PAPER its essay")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
-    from .job import Job, plan, run
+    from .job import plan, run
+    from .prepare import Job
 
     parser = run_parser(argv[0])                                  # an unknown paper is refused here, with the nearest
     given = vars(parser.parse_args(argv[1:]))
@@ -157,7 +158,7 @@ def evaluate(directory: str, data: str | None = None, length: int | None = None,
         length: tokens of a window; by default those of the run, else 256.
         batch: rows of a forward.
     """
-    from .job import Job, prepare
+    from .prepare import Job, prepare
     from .record import Record
     from .train.evaluate import evaluate as judge
     from .train.run import Run

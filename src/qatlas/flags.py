@@ -52,7 +52,7 @@ def essay(function: Callable[..., Any]) -> str:
 def run_parser(paper: str) -> Parser:
     """The parser of one paper: its function's arguments, and what all papers share."""
     from . import papers
-    from .job import Job
+    from .prepare import Job
 
     function = papers.paper(paper)
     parser = Parser(prog=f"qatlas run {paper}", description=f"{first_line(papers.module(paper))} {first_line(function)}")

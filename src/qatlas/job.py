@@ -2,92 +2,42 @@
 
     load -> judge in full precision -> the paper (quantize, judge, train) -> judge -> pack -> export -> read back -> report
 
-`Job` is what all papers share and no paper repeats: the model, the data, the target, the directory, the seed. A paper's own arguments are those of
-its function. `run` is what `qatlas run` and `qatlas demo` call; `plan` stops before training. A model that the target does not know is refused before
-anything is judged, numbers that it cannot hold before anything is trained.
+`Job` (see prepare) is what all papers share and no paper repeats: the model, the data, the target, the directory, the seed. A paper's own arguments
+are those of its function. `run` is what `qatlas run` and `qatlas demo` call; `plan` stops before training. A model that the target does not know is
+refused before anything is judged, numbers that it cannot hold before anything is trained.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import re
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from . import papers
-from .core.error import CheckpointError, DataError, RuleError, RunError, unknown
-from .core.noun import from_json
-from .export import Checkpoint
+from .core.error import DataError, RunError
 from .export import target as find_target
 from .keep import export, folder, place
 from .model.coverage import describe
-from .model.load import load, speciality
 from .model.pack import pack
-from .model.probe import undisturbed
 from .model.verify import verify
+from .prepare import Job, prepare
 from .record import Record, Watch, weight_errors
 from .report import report
 from .train.evaluate import evaluate
 from .train.fit import Planned
-from .train.labelled import Classification, Images
 from .train.run import Run
-from .train.task import Chat, LanguageModelling, Task
+from .train.task import Task
 
-TASKS = {"lm": LanguageModelling, "chat": Chat, "classification": Classification, "image": Images}
 PROMPTS = ("The with statement", "This function returns")
-
-
-@dataclass
-class Job:
-    """What all papers share.
-
-    Args:
-        model: a hub id, a directory, or zoo:gpt, zoo:vit, zoo:resnet.
-        data: a hub id, a file (.txt .md .jsonl .json .csv .parquet .npz), or builtin:docs.
-        task: lm, chat, classification or image; auto looks at the model.
-        out: the directory of all that the run leaves behind.
-        target: the artefact to train for and to write, such as gguf:tq2_0 (`qatlas doctor` lists them); none trains for the packed directory only.
-        rules: a JSON file of extra rules, which stand before the paper's.
-        seed: of the data order and all else that is drawn.
-        resume: go on from the resume points in out.
-        length: tokens of a window (lm, chat) or of a sentence.
-        batch: rows of an optimizer step.
-        micro: rows of one forward; smaller needs less memory and changes nothing else.
-        precision: no (fp32) or bf16, where the chip has it.
-        watch: judge the model every so many steps; 0 never.
-        save_every: steps between resume points; by default one a minute.
-        threads: threads of torch; 0 leaves them as they are. A resumed run is bit-identical with the same number.
-        tensorboard: write curves to out/tensorboard.
-        plan: stop before training and print what would happen.
-    """
-
-    model: str = "zoo:gpt"
-    data: str = "builtin:docs"
-    task: str = "auto"
-    out: str | None = None
-    target: str | None = None
-    rules: str | None = None
-    seed: int = 0
-    resume: bool = False
-    length: int = 256
-    batch: int = 8
-    micro: int | None = None
-    precision: str = "no"
-    watch: int = 0
-    save_every: int | None = None
-    threads: int = 0
-    tensorboard: bool = False
-    plan: bool = False
 
 
 @dataclass
@@ -100,8 +50,9 @@ class Outcome:
     out: Path | None
 
 
-def run(name: str, arguments: dict[str, Any], job: Job, command: str = "", say: Callable[[str], None] = lambda line: None) -> Outcome:
-    """Run a paper on a job. `say` is told each stage.
+def run(name: str, arguments: dict[str, Any], job: Job, command: str = "", say: Callable[[str], None] = lambda line: None,
+        others: Mapping[str, dict[str, Any]] | None = None) -> Outcome:
+    """Run a paper on a job. `say` is told each stage. others: stage -> other arguments of the paper, trained and judged before, for comparison only.
 
     Raises:
         QatlasError: whatever the user can mend.
@@ -123,14 +74,35 @@ def run(name: str, arguments: dict[str, Any], job: Job, command: str = "", say: 
         record.scores["full precision"] = evaluate(model, task)
     record.sizes["full precision"] = 2 * sum(p.numel() for p in model.parameters())
     _sample(record, "full precision", model, tokenizer)
+    for stage, given in (others or {}).items():
+        _compare(record, stage, name, given, job, say)
     with _timed(record, "trained"):
-        say(f"{name}: {', '.join(f'{key}={value}' for key, value in arguments.items() if value is not None)}")
+        say(told(name, arguments))
         model = paper(model, task, **arguments)
     _describe(record, model, task, control)
     with _timed(record, "trained"):
         say("judging the trained model")
         record.scores["trained"] = evaluate(model, task)
     return _keep(record, model, tokenizer, task, job, control, say)
+
+
+def told(name: str, arguments: dict[str, Any]) -> str:
+    """A paper and its arguments in a line."""
+    return f"{name}: {', '.join(f'{key}={value}' for key, value in arguments.items() if value is not None)}"
+
+
+def _compare(record: Record, stage: str, name: str, arguments: dict[str, Any], job: Job, say: Callable[[str], None]) -> None:
+    """Train the same model on the same data with other arguments, and note its score."""
+    say(f"for comparison, {stage}: {told(name, arguments)}")
+    out = None if job.out is None else Path(job.out) / "state" / re.sub(r"\W+", "-", stage)
+    control = Run(out, seed=job.seed, resume=job.resume and out is not None and out.exists(), precision=job.precision, micro=job.micro,
+                  save_every=job.save_every)
+    control.tactics = (Watch(record, 0),)
+    torch.manual_seed(job.seed)
+    with _timed(record, stage):
+        model, _, task = prepare(job, control)
+        model = papers.paper(name)(model, task, **arguments)
+        record.scores[stage] = evaluate(model, task)
 
 
 def _keep(record: Record, model: nn.Module, tokenizer: Any, task: Task, job: Job, control: Run, say: Callable[[str], None]) -> Outcome:
@@ -184,84 +156,6 @@ def plan(name: str, arguments: dict[str, Any], job: Job) -> dict[str, Any]:
         return {"model": job.model, "parameters": parameters, "target": job.target or "the packed directory",
                 "refusals": held, "bits": round(cover.bits, 3), "coverage": cover.table(), **stop.estimate}
     raise RunError(f"the paper {name} trains nothing, so there is nothing to plan")
-
-
-def prepare(job: Job, control: Run) -> tuple[nn.Module, Any, Task]:
-    """The model, its tokenizer and the task of a job.
-
-    Raises:
-        DataError: a task that does not exist, or that the model has no tokenizer for. CheckpointError: a model that cannot be loaded, or holds NaN.
-        FormatError: a target that does not know such a model or such a tokenizer.
-    """
-    if job.task not in (*TASKS, "auto"):
-        raise DataError(unknown("task", job.task, [*TASKS, "auto"]))
-    rules = read_rules(job.rules)
-    kind = speciality(job.model) if job.task == "auto" else job.task
-    model, tokenizer = load(job.model, "lm" if kind == "chat" else kind)
-    broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
-    if broken:
-        raise CheckpointError(f"{job.model} holds NaN or infinity in {len(broken)} tensors, for instance {broken[0]}; nothing can be trained from it")
-    if job.target:
-        _check_target(job.target, model, tokenizer)
-    if kind == "image":
-        images = Images(job.data, batch=job.batch, target=job.target, extra_rules=rules, run=control)
-        _check_labels(job, model, images)
-        _check_images(job, model, images)
-        return model, tokenizer, images
-    if tokenizer is None:
-        raise DataError(f"{job.model} has no tokenizer, which the task {kind!r} needs; put tokenizer.json beside its weights")
-    task = TASKS[kind](job.data, tokenizer, length=job.length, batch=job.batch, target=job.target, extra_rules=rules, run=control)
-    _check_labels(job, model, task)
-    return model, tokenizer, task
-
-
-def _check_labels(job: Job, model: nn.Module, task: Task) -> None:
-    """Refuse labels that the model's last layer has no place for."""
-    asked, has = getattr(task, "classes", 0), getattr(getattr(model, "config", None), "num_labels", 0)
-    if asked and has and (asked > has or asked == 1 != has):
-        raise DataError(f"{job.data} has labels 0 to {asked - 1}, {job.model} answers with {has} classes; "
-                        "take a model with a head for these labels" + (", or labels that are classes" if asked == 1 else ""))
-
-
-def _check_images(job: Job, model: nn.Module, images: Images) -> None:
-    """Refuse images of a size, or with channels, that the model cannot take; only the model knows, so it is asked."""
-    batch = images.take(np.arange(1), None)
-    try:
-        with undisturbed(model), torch.no_grad():
-            images.logits(model, batch)
-    except (ValueError, RuntimeError) as error:
-        shape = " x ".join(map(str, batch["pixel_values"].shape[1:]))
-        raise DataError(f"{job.model} cannot take the images of {job.data}, {shape} (channels x height x width): {error}") from None
-
-
-def _check_target(target: str, model: nn.Module, tokenizer: Any) -> None:
-    """Refuse a model or a tokenizer that the target does not know; the layers' numbers are refused by `quantize`."""
-    form, kind = find_target(target)
-    if not hasattr(form, "plan"):
-        return
-    with tempfile.TemporaryDirectory() as beside:
-        tokenizer.save_pretrained(beside) if tokenizer is not None else None
-        vocabulary = Path(beside) if (Path(beside) / "tokenizer.json").is_file() else None
-        config: Any = getattr(model, "config", None)
-        known = config.to_dict() if config is not None else {}
-        form.plan(Checkpoint(known, {name: p.detach() for name, p in model.named_parameters()}, vocabulary), kind)
-
-
-def read_rules(path: str | None) -> tuple[Any, ...]:
-    """Rules from a JSON file.
-
-    Raises:
-        RuleError: no such file, or not a list of rules.
-    """
-    if path is None:
-        return ()
-    try:
-        rules = from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RuleError(f"{path} cannot be read as rules: {error}") from None
-    if not isinstance(rules, tuple):
-        raise RuleError(f"{path} holds no list of rules; write [{{\"is\": \"model.rules:Rule\", \"where\": \"*.q_proj\", ...}}]")
-    return rules
 
 
 @torch.no_grad()

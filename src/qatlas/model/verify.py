@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from ..core.error import CheckpointError, FormatError, QatlasError
 from ..core.qtensor import QTensor
 from ..export import target as find_target
+from ..layers import attention
 from ..layers.quantized import Layer
+from .inner import installed
 from .pack import checkpoint, load_packed
 
 ENGINE_TOLERANCE = 0.5                                            # of a log-probability: beyond it the file does not mean what we think
@@ -180,13 +182,19 @@ def _answers(model: Any, asked: list[Tensor]) -> Tensor:
 
 @contextlib.contextmanager
 def _inputs_off(model: nn.Module) -> Iterator[None]:
-    """Input and output quantizers off: a file of weights cannot hold them."""
+    """Quantizers of activations off, and the attention that transformers takes by itself: a file of weights holds neither."""
     layers = [layer for layer in model.modules() if isinstance(layer, Layer)]
-    found = [(q, q.on) for layer in layers for q in (layer.input_quantizer, layer.output_quantizer) if q is not None]
+    inside = list(installed(model).values())
+    found = [(q, q.on) for q in (*inside, *(q for layer in layers for q in (layer.input_quantizer, layer.output_quantizer))) if q is not None]
+    other: Any = model
     for quantizer, _ in found:
         quantizer.on = False
+    if inside:
+        other.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
     try:
         yield
     finally:
+        if inside:
+            other.set_attn_implementation(attention.NAME)
         for quantizer, on in found:
             quantizer.on = on
