@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import pytest
 import torch
 from parts import classes, every
@@ -169,6 +170,8 @@ def test_a_paper_is_one_file_with_an_essay_and_one_function(name: str) -> None:
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY and p.default is not inspect.Parameter.empty for p in rest)
     described = inspect.getdoc(getattr(module, name)) or ""
     assert all(f"{p.name}:" in described for p in rest), "every argument is documented: the docstring is the flag's help"
+    told = {p.arg_name for p in docstring_parser.parse(described).params if p.description}
+    assert told == {p.name for p in rest}, "the docstring can be read by the parser that makes the flags' help"
 
 
 # ---- law 11: a kept buffer equals a fresh quantization, also through a training --------------------------------------------------------------------

@@ -163,8 +163,8 @@ def teacher_intervention(model: nn.Module, task: Task, *, mode: Mode = "gradual"
         The model, its layers quantized and trained, in eval mode.
 
     Raises:
-        RunError: a teacher of another depth, width or vocabulary, more first steps than steps. RuleError: attention that cannot be looked into, or a
-        mode that needs to tell Q, K and V apart in a model that makes them by one matrix.
+        RunError: a teacher of another depth, width or vocabulary; more first steps than steps.
+        RuleError: attention that cannot be looked into; a map to replace in a model that makes Q, K and V by one matrix.
     """
     first = max(1, steps // 10) if first is None else first
     if not 0 <= first < steps:

@@ -25,6 +25,7 @@ Otherwise than the authors:
 - Decoders quantize per token, since one scale a tensor would let a later token change an earlier one. An embedding that is also the head stays full.
 - An all-zero row gives zeros; their code gives 0 / 0. Their export ternarizes the embedding by one alpha; ours exports what was trained.
 - A patch projection of a vision model counts as an embedding of positions: full precision.
+- The learning rate of a step is that of its middle (theirs of its beginning: their first step does nothing).
 - The last state is kept, theirs is the best on the development set. Their data augmentation is a hook: `Classification(augment=...)`.
 
 Numbers of ours: docs/results.md#teacher-intervention (it is the baseline there).
@@ -163,7 +164,8 @@ def ternarybert(model: nn.Module, task: Task, *, logits: float = 1.0, hidden: fl
         The model, its layers quantized and trained, in eval mode.
 
     Raises:
-        RunError: a teacher of another depth, width or vocabulary. RuleError: a model whose attention cannot be looked into.
+        RunError: a teacher of another depth, width or vocabulary.
+        RuleError: a model whose attention cannot be looked into.
     """
     taught = teacher_for(model, task, teacher)
     ternarize(model, task, loss_aware=loss_aware, rows=rows, embeddings=embeddings, input_bits=input_bits, minmax=minmax, per_token=per_token,
