@@ -63,5 +63,6 @@ def _said(name: str, value: Any) -> str:
 
 def pairs(found: dict[str, Any]) -> None:
     """Names and values."""
+    wide = max((len(name) for name in found), default=0) + 1
     for name, value in found.items():
-        print(f"{name:16} {value:.6g}" if isinstance(value, float) else f"{name:16} {value}")
+        print(f"{name:{wide}} {value:.6g}" if isinstance(value, float) else f"{name:{wide}} {value}")
