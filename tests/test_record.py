@@ -119,3 +119,12 @@ def test_weight_errors_are_relative_squares():
 def test_versions_leave_out_what_is_missing(monkeypatch):
     monkeypatch.setattr(module, "LIBRARIES", ("torch", "no-such-library"))
     assert set(versions()) == {"python", "torch"} and peak_memory() > 0
+
+
+def test_a_run_of_two_fits_is_watched_as_one():
+    record, run = Record("two", {}, ""), Run(progress=False)
+    run.tactics = (Watch(record, every=2),)
+    one, model = task(run=run), quantized(llama())
+    fit(model, one, steps=3)
+    fit(model, one.later(3), steps=4)
+    assert [step for step, _ in record.curve] == [2, 4, 6]

@@ -98,10 +98,10 @@ class Record:
 
 
 class Watch(Tactic):
-    """Record the score before the first step, and every `every` steps (0: never)."""
+    """Record the score before the first step, and every `every` steps of the whole run (0: never)."""
 
     def __init__(self, record: Record, every: int = 0) -> None:
-        self._record, self.every = record, every
+        self._record, self.every, self._before = record, every, 0
 
     @classmethod
     def idle(cls) -> Watch:
@@ -109,13 +109,15 @@ class Watch(Tactic):
         return cls(Record("", {}, ""), every=1)
 
     def start(self, loop: Loop) -> None:
+        self._before = sum(len(history.loss) for history in loop.task.run.histories)          # steps of the fits before this one
         if "untrained" not in self._record.scores:
             self._record.errors = {name: (error, error) for name, error in weight_errors(loop.model).items()}
             self._record.scores["untrained"] = self._score(loop)
 
     def after(self, loop: Loop) -> None:
-        if self.every and (loop.step + 1) % self.every == 0 and loop.step + 1 < loop.steps:
-            self._record.curve.append((loop.step + 1, self._score(loop)))
+        step = self._before + loop.step + 1
+        if self.every and step % self.every == 0 and loop.step + 1 < loop.steps:
+            self._record.curve.append((step, self._score(loop)))
 
     def state_dict(self) -> dict[str, Any]:
         kept = self._record
