@@ -46,7 +46,7 @@ ROWS: dict[str, dict[str, Any]] = {"plain": {"first": 0}, "restart": {"mode": "n
 SETTINGS: dict[str, dict[str, Any]] = {
     "cola": {"steps": 200, "first": 30, "lr": 2e-4, "batch": 16, "metric": "matthews"},
     "sst2": {"steps": 80, "first": 16, "lr": 2e-4, "batch": 16, "metric": "accuracy"},
-    "rte": {"steps": 40, "first": 8, "lr": 2e-4, "batch": 16, "metric": "accuracy"},
+    "rte": {"steps": 30, "first": 6, "lr": 2e-4, "batch": 16, "metric": "accuracy"},
     "vit": {"steps": 120, "first": 24, "lr": 2e-4, "batch": 32, "metric": "accuracy"},
     "vit_token": {"steps": 60, "first": 12, "lr": 2e-4, "batch": 32, "metric": "accuracy", "per_token": True},
     "stories": {"steps": 120, "first": 18, "lr": 1e-3, "batch": 8, "metric": "real perplexity", "clip": None},
