@@ -8,15 +8,16 @@ from tiny import llama, quantized, task
 from torch import nn
 
 from qatlas.core.error import RunError
+from qatlas.core.grain import PerTensor
 from qatlas.core.grid import Uniform
 from qatlas.core.quantizer import Quant
 from qatlas.core.scale import AbsMax, Moving
-from qatlas.core.grain import PerTensor
 from qatlas.layers.linear import QLinear
 from qatlas.layers.quantized import Quantized, Slots
 from qatlas.model.pack import pack
 from qatlas.train.evaluate import evaluate
 from qatlas.train.fit import fit
+from qatlas.train.imitate import Imitation
 from qatlas.train.optim import SGD, AdamW, BertAdam
 from qatlas.train.run import Run
 from qatlas.train.tactic import Freeze, Tactic
@@ -74,6 +75,13 @@ def taught(teacher, share=1.0):
     return told(model, fit(model, subject, steps=STEPS, optimizer=SGD(0.05), loss=Distil(subject, source, share=share)))
 
 
+def imitated():
+    """A loss that reads inside the blocks."""
+    subject, model = task(batch=5, run=Run(micro=2, progress=False)), quantized(llama(), "w4")
+    loss = Imitation(subject, Teacher(llama(seed=1)), model, scores=1.0, hidden=1.0)
+    return told(model, fit(model, subject, steps=STEPS, optimizer=SGD(0.5), loss=loss))
+
+
 def twice():
     """Two fits, the second of scales and norms alone; parameters, classes and hooks are those of before."""
     subject, model = task(batch=5, run=Run(progress=False)), quantized(llama(), "w4", keep="buffer")
@@ -112,6 +120,7 @@ CASES = {
     "tactics": lambda: plain("w4", tactics=[Pull(), Freeze(0.5)], optimizer=BertAdam(1e-3), clip=1e-2),
     "teacher": lambda: taught("other"),
     "self": lambda: taught("self", share=0.5),
+    "inside": imitated,
     "twice": twice,
 }
 
@@ -140,7 +149,10 @@ def refused():
     tied.model.layers[1].mlp = tied.model.layers[0].mlp
     found = {name: refusal(lambda m=m, t=t: fit(m, subject, steps=1, tactics=t))
              for name, (m, t) in {"batch norm": (normed, ()), "moving": (moving, ()), "tied": (tied, ()), "tactic": (llama(), [Silent()])}.items()}
-    for name, value in (("VERSION", "1"), ("OFFLOAD_PARAMS", "true"), ("RESHARD_AFTER_FORWARD", "false")):
+    student = quantized(llama(), "w4")
+    found["inside"] = refusal(lambda: fit(student, subject, steps=1, loss=Imitation(subject, Teacher(llama(1)), student, logits=0.0, scores=1.0)))
+    assert all(type(p) is nn.Parameter for p in student.parameters())
+    for name, value in (("VERSION", "1"), ("OFFLOAD_PARAMS", "true"), ("RESHARD_AFTER_FORWARD", "false"), ("CPU_RAM_EFFICIENT_LOADING", "true")):
         with environment({f"FSDP_{name}": value}):
             found[name] = refusal(lambda: fit(llama(), subject, steps=1))
     return found

@@ -51,8 +51,8 @@ from ..model.rules import Rule, keep_full, quantize
 from ..train.fit import fit
 from ..train.imitate import Imitation, teacher_for
 from ..train.optim import AdamW, BertAdam, Optimizer
-from ..train.schedule import linear
 from ..train.ranks import whole
+from ..train.schedule import linear
 from ..train.tactic import Loop, Tactic
 from ..train.task import Task
 

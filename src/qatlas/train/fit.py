@@ -123,12 +123,10 @@ def _equip(loop: Loop, train: str | Sequence[str], optimizer: Optimizer, point: 
     """The optimizer, then its moments and the random states; of a process that the point does not know, the seed's."""
     loop.names = trained(loop.model, train)
     loop.optimizer = optimizer.build(loop.model, loop.names)
-    if point is None:
-        return
-    load_optimizer(loop.optimizer, loop.names, point.tensors["optimizer.safetensors"], point.plain["optimizer"])
-    states, rank = point.tensors["rng.safetensors"], loop.accelerator.process_index
-    if rank < len(states["torch"]):
-        load_random({name: t[rank] for name, t in states.items()})
+    if point is not None:
+        load_optimizer(loop.optimizer, loop.names, point.tensors["optimizer.safetensors"], point.plain["optimizer"])
+        states, rank = point.tensors["rng.safetensors"], loop.accelerator.process_index
+        load_random({name: t[rank] for name, t in states.items()}) if rank < len(states["torch"]) else None
 
 
 def _widen(parameters: Iterable[nn.Parameter]) -> None:

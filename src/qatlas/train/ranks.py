@@ -9,17 +9,18 @@ them (see fit), so the losses are those of one process up to the order of sums.
 
 FSDP2 is asked for as Accelerate does it, and on CPU (gloo), where Accelerate itself would take DDP, by the same names in the environment:
 
-    accelerate launch --use_fsdp --fsdp_version 2 --fsdp_reshard_after_forward true script.py
-    ACCELERATE_USE_FSDP=true FSDP_VERSION=2 torchrun --nproc-per-node 2 script.py
+    accelerate launch --use_fsdp --fsdp_version 2 --fsdp_cpu_ram_efficient_loading false script.py
+    ACCELERATE_USE_CPU=true ACCELERATE_USE_FSDP=true FSDP_VERSION=2 torchrun --nproc-per-node 2 script.py
 
 `shared` cuts the model before the optimizer exists and puts it together after the last step: the same Parameter objects, the same classes, no hook
-left. Before and after `fit` the model is therefore an ordinary one, whole and equal on every process: judge it on all of them, save it on one. It must
-fit one device whole at the beginning and at the end; what FSDP2 saves are gradients, moments and, between, masters. Between steps a weight is a piece:
-`whole` and `opened` put one together, on all processes at once, and `cut` takes the piece of a whole.
+left. Before and after `fit` the model is therefore an ordinary one, whole and equal on every process: judge it on all of them, save it on one. It
+must fit one device whole at the beginning and at the end; what FSDP2 saves are gradients, moments and, between, masters. Between steps a weight is a
+piece: `whole` and `opened` put one together, on all processes at once, and `cut` takes the piece of a whole.
 
 What FSDP2 is not given here is refused by name: version 1, offloading, statistics that move with the rows that one process sees (batch norm, moving
-scales of activations), tactics that have not said that they can (`Tactic.pieces`), parameters shared by two blocks. A weight that is kept as a buffer
-would be a whole copy on every process: it is recomputed instead, and a line says so.
+scales of activations; DDP takes the first process's), tactics that have not said that they can (`Tactic.pieces`), parameters shared by two blocks, a
+loss that reads the inside of a block and not the output. A weight that is kept as a buffer would be a whole copy on every process: it is recomputed
+instead, and a line says so. `keep="each"` stays what it is, but saves every quantized weight whole until the backward: take "recompute" for memory.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -52,9 +52,12 @@ def shared(accelerator: Accelerator, model: nn.Module, tactics: Sequence[Tactic]
     """What to call for a forward: the model itself, or one that does its part of the work. Under FSDP2 the model is in pieces inside.
 
     Raises:
-        RunError: what cannot work under FSDP2, by name; the model is then as it was.
+        RunError: what cannot work under FSDP2, by name; the model is then as it was. Several processes that do not know of each other.
     """
     if accelerator.num_processes == 1:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RunError(f"this is one of {os.environ['WORLD_SIZE']} processes, and Accelerate sees one: each would train for itself. "
+                           "Without a GPU set ACCELERATE_USE_CPU=true")
         yield model
         return
     if not asked(accelerator):
@@ -100,6 +103,7 @@ def asked(accelerator: Accelerator) -> bool:
         "offloading to the CPU": bool(getattr(offload, "offload_params", offload is True or type(offload).__name__ == "CPUOffloadPolicy")),
         "reshard_after_forward false (a stale weight would be seen between steps)": plugin.fsdp_version == 2 and not plugin.reshard_after_forward,
         "a mixed precision of its own (Run(precision=...) says it)": plugin.mixed_precision_policy is not None,
+        "weights loaded on the first process only (write --fsdp_cpu_ram_efficient_loading false)": bool(plugin.cpu_ram_efficient_loading),
         "activation checkpointing (ask the model for it)": bool(plugin.activation_checkpointing),
         "modules to ignore": bool(plugin.ignored_modules),
         "classes to wrap (the repeated blocks are found)": bool(plugin.transformer_cls_names_to_wrap),
@@ -165,7 +169,9 @@ class Pieces:
         for _, unit in units:
             fully_shard(unit, mesh=mesh, reshard_after_forward=True)
         self.added = [set(vars(m)) - names for m, _, names in self.before]
-        self.cut = {id(p): m._parameters[name] for m, name, p in self.places}
+        self.cut: dict[int, Any] = {id(p): m._parameters[name] for m, name, p in self.places}
+        owners = {id(m) for m, _, _ in self.places}
+        self.guards = [m.register_forward_hook(guard(name)) for name, m in model.named_modules() if id(m) in owners]
         for _, _, p in self.places:
             p.data = p.data.new_empty(0)                          # the piece is a copy
 
@@ -173,6 +179,8 @@ class Pieces:
         """The model as it was, with the numbers of now. On all processes at once. torch has no public way back: what it left is taken out here."""
         from torch.distributed._composable_state import _module_state_mapping as known
 
+        for handle in self.guards:
+            handle.remove()
         for p in {id(p): p for _, _, p in self.places}.values():
             p.data = whole(self.cut[id(p)]).detach()
         for module, name, p in self.places:
@@ -189,8 +197,23 @@ class Pieces:
                     del table[key]
 
 
+def guard(name: str) -> Any:
+    """A forward hook of a module with parameters: raises where a gradient reaches it while they are in pieces, which torch would read as freed
+    memory. A block's parameters are gathered when a gradient passes its output; a loss may read what is inside, but not only that."""
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def see(grads: Any) -> None:
+            if any(hasattr(p, "full_tensor") for p in module._parameters.values()):
+                raise RunError(f"the loss reaches {name or 'the model'} without passing the output of its block, and FSDP2 gathers weights there. "
+                               "Give the model's output a part in the loss, or start without FSDP: DDP trains it")
+
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            output.grad_fn.register_prehook(see)                  # behind the tensor's own hooks: FSDP gathers in one of them
+
+    return hook
+
+
 @contextlib.contextmanager
-def unsynced(accelerator: Accelerator, wrapped: nn.Module, on: bool) -> Iterator[None]:
+def unsynced(accelerator: Accelerator, wrapped: Any, on: bool) -> Iterator[None]:
     """Where `on`, a backward inside leaves its gradients on this process: another micro-batch of the step follows."""
     if not on or accelerator.num_processes == 1:
         yield
@@ -205,7 +228,7 @@ def unsynced(accelerator: Accelerator, wrapped: nn.Module, on: bool) -> Iterator
             yield
 
 
-def whole(t: Tensor) -> Tensor:
+def whole(t: Any) -> Tensor:
     """A tensor that may be in pieces, whole on every process.
 
     >>> whole(torch.ones(1))
@@ -214,7 +237,7 @@ def whole(t: Tensor) -> Tensor:
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
-def written(t: Tensor) -> Tensor:
+def written(t: Any) -> Tensor:
     """As `whole`, for a file: in the first process's memory, and empty elsewhere."""
     if not hasattr(t, "full_tensor"):
         return t
@@ -222,7 +245,7 @@ def written(t: Tensor) -> Tensor:
     return full.cpu() if dist.get_rank() == 0 else full.new_empty(0, device="cpu")
 
 
-def cut(value: Tensor, like: Tensor) -> Tensor:
+def cut(value: Tensor, like: Any) -> Tensor:
     """A whole tensor that every process has, cut as `like` is.
 
     >>> cut(torch.ones(1), torch.zeros(1))
