@@ -100,6 +100,8 @@ class Record:
 class Watch(Tactic):
     """Record the score before the first step, and every `every` steps of the whole run (0: never)."""
 
+    pieces = True
+
     def __init__(self, record: Record, every: int = 0) -> None:
         self._record, self.every, self._before = record, every, 0
 

@@ -1,11 +1,6 @@
 """The loop: what it computes is plain gradient descent on the batches of the task, however they are cut."""
 
 import math
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +13,6 @@ from qatlas.train.optim import SGD, AdamW
 from qatlas.train.run import Run
 from qatlas.train.schedule import cosine
 from qatlas.train.task import Chat
-
-HERE = Path(__file__).parent
 
 
 def test_fit_is_gradient_descent_by_hand():
@@ -149,20 +142,3 @@ def test_curves(tmp_path):
     pytest.importorskip("tensorboard")
     fit(llama(), task(run=Run(tmp_path / "out", tensorboard=True, progress=False)), steps=2)
     assert list((tmp_path / "out").rglob("events.out.tfevents*"))
-
-
-@pytest.mark.slow
-def test_two_processes_are_one():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = os.pathsep.join([str(HERE.parents[1] / "src"), str(HERE)])
-    shared = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-              "ACCELERATE_USE_CPU": "true"}
-    ranks = [subprocess.Popen([sys.executable, str(HERE / "ranks_run.py")], env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                              stdout=subprocess.PIPE, text=True) for rank in (0, 1)]
-    said = [process.communicate(timeout=300)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0]
-    losses = [[float(x) for x in line.split()] for line in said]
-    alone = fit(quantized(llama(), "w4"), task(batch=5), steps=3, optimizer=SGD(0.05))
-    assert losses[0] == losses[1] and losses[0] == pytest.approx(alone.loss, abs=2e-5)

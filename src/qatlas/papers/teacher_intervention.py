@@ -100,6 +100,8 @@ def stops(model: nn.Module, at: str) -> list[str]:
 class Intervention(Tactic):
     """In each step of a fit, the loss of the point whose turn it is. losses: point -> Intervened; none leaves the run alone."""
 
+    pieces = True
+
     def __init__(self, mode: str, losses: dict[str, Intervened] | None = None) -> None:
         self.mode, self.losses = mode, losses or {}
 

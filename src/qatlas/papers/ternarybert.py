@@ -52,6 +52,7 @@ from ..model.rules import Rule, keep_full, quantize
 from ..train.fit import fit
 from ..train.imitate import Imitation, teacher_for
 from ..train.optim import AdamW, BertAdam, Optimizer
+from ..train.ranks import whole
 from ..train.schedule import linear
 from ..train.tactic import Loop, Tactic
 from ..train.task import Task
@@ -111,6 +112,8 @@ class Curved(Quantizer):
 class Curvature(Tactic):
     """Before each step, tell every loss-aware quantizer the root of the optimizer's second moment (ones before the first step)."""
 
+    pieces = True
+
     def __init__(self, eps: float = 1e-8) -> None:
         self.eps = eps
 
@@ -128,7 +131,7 @@ class Curvature(Tactic):
         for layer, quantizer in self._curved(loop):
             square = loop.optimizer.state.get(layer.weight, {}).get("exp_avg_sq")
             if square is not None:
-                quantizer.curvature = layer.unmatrix(square).sqrt() + self.eps
+                quantizer.curvature = layer.unmatrix(whole(square)).sqrt() + self.eps
                 layer.refresh()
 
     def _curved(self, loop: Loop) -> list[tuple[Any, Curved]]:

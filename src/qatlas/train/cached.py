@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from ..core.error import CheckpointError, RunError
@@ -118,7 +119,8 @@ class CachedTeacher:
         Raises:
             CheckpointError: answers of another precision. RunError: no live teacher, or one that says NaN; a directory that cannot be written.
         """
-        where = PartialState().device                             # all ranks meet here: they cannot while one waits for another's filling
+        cpu = parse_flag_from_env("ACCELERATE_USE_CPU")           # PartialState, unlike Accelerator, does not read it, and would see one process
+        where = PartialState(cpu=cpu).device                      # all ranks meet here: they cannot while one waits for another's filling
         there = self.answers.facts
         if there is not None and there.precision != task.run.precision:
             raise self._foreign(f"of a teacher that computed in precision {there.precision!r}, this run has {task.run.precision!r}")

@@ -12,7 +12,6 @@ trained parameters in less are widened. The random state of the process is set f
 
 from __future__ import annotations
 
-import contextlib
 import math
 import resource
 import time
@@ -27,6 +26,7 @@ from torch import nn
 from ..core.error import RunError
 from .optim import AdamW, Optimizer, only, set_rates, trained
 from .point import point_of
+from .ranks import shared, unsynced, whole
 from .resume import Phase, Point, described, fingerprint, load_optimizer, load_random, load_state, random_state
 from .run import Run, agreed, bar, check_precision
 from .schedule import constant
@@ -64,9 +64,11 @@ def fit(model: nn.Module, task: Task, *, train: str | Sequence[str] = "*", optim
     gradients, outside = [(p, p.requires_grad) for p in model.parameters()], random_state()
     try:
         set_seed(hash((run.seed, phase.number, accelerator.process_index)) % 2**32)
-        _begin(loop, train, optimizer, tactics, point)
+        _begin(loop, train, tactics, point)
         if point is None or not point.finished:
-            _steps(loop, run, phase, schedule, objective, tactics, clip)
+            with shared(accelerator, model, tactics) as wrapped:
+                _equip(loop, train, optimizer, point)
+                _steps(loop, wrapped, run, phase, schedule, objective, tactics, clip)
             phase.write(point_of(loop, tactics, finished=True)) if accelerator.is_main_process else None
     finally:
         load_random(outside)
@@ -99,8 +101,8 @@ def estimate(model: nn.Module, task: Task, *, steps: int, **arguments: Any) -> d
     return {"steps": steps, "tokens": history.tokens[0] * steps, "seconds a step": step, "seconds": step * steps, "peak memory": peak}
 
 
-def _begin(loop: Loop, train: str | Sequence[str], optimizer: Optimizer, tactics: Sequence[Tactic], point: Point | None) -> None:
-    """Structure, then weights, then the optimizer, then its moments."""
+def _begin(loop: Loop, train: str | Sequence[str], tactics: Sequence[Tactic], point: Point | None) -> None:
+    """Structure, then weights."""
     for tactic in tactics:
         tactic.start(loop)
     if point is not None:
@@ -110,15 +112,21 @@ def _begin(loop: Loop, train: str | Sequence[str], optimizer: Optimizer, tactics
         _widen(trained(loop.model, train))                        # what was saved is fp32 already
         load_state(loop.model, point.tensors["model.safetensors"])
         loop.step, loop.history = point.step, History(**point.plain["history"])
-    loop.names = trained(loop.model, train)
+    chosen = trained(loop.model, train)
     for parameter in loop.model.parameters():
-        parameter.requires_grad_(parameter in loop.names)
-    _widen(loop.names)
-    loop.optimizer = optimizer.build(loop.model, loop.names)
-    if point is not None and not point.finished:
-        load_optimizer(loop.optimizer, loop.names, point.tensors["optimizer.safetensors"], point.plain["optimizer"])
-        load_random({name: t[loop.accelerator.process_index] for name, t in point.tensors["rng.safetensors"].items()})
+        parameter.requires_grad_(parameter in chosen)
+    _widen(chosen)
     loop.refresh()
+
+
+def _equip(loop: Loop, train: str | Sequence[str], optimizer: Optimizer, point: Point | None) -> None:
+    """The optimizer, then its moments and the random states; of a process that the point does not know, the seed's."""
+    loop.names = trained(loop.model, train)
+    loop.optimizer = optimizer.build(loop.model, loop.names)
+    if point is not None:
+        load_optimizer(loop.optimizer, loop.names, point.tensors["optimizer.safetensors"], point.plain["optimizer"])
+        states, rank = point.tensors["rng.safetensors"], loop.accelerator.process_index
+        load_random({name: t[rank] for name, t in states.items()}) if rank < len(states["torch"]) else None
 
 
 def _widen(parameters: Iterable[nn.Parameter]) -> None:
@@ -127,11 +135,10 @@ def _widen(parameters: Iterable[nn.Parameter]) -> None:
             parameter.data = parameter.data.float()
 
 
-def _steps(loop: Loop, run: Run, phase: Phase, schedule: Callable[[float], float], objective: Loss, tactics: Sequence[Tactic],
-           clip: float | None) -> None:
-    model, accelerator = loop.model, loop.accelerator
-    wrapped = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
-    model.train()
+def _steps(loop: Loop, wrapped: nn.Module, run: Run, phase: Phase, schedule: Callable[[float], float], objective: Loss,
+           tactics: Sequence[Tactic], clip: float | None) -> None:
+    accelerator = loop.accelerator
+    loop.model.train()
     if run.tensorboard:
         _curves(accelerator)
     with bar("fit", loop.steps, run.progress and accelerator.is_main_process, loop.step) as advance:
@@ -169,7 +176,7 @@ def _step(loop: Loop, wrapped: nn.Module, run: Run, objective: Loss, tactics: Se
         for tactic in tactics:
             tactic.grads(loop)
         grads = [p for p in loop.names if p.grad is not None]
-        norm = float(nn.utils.clip_grad_norm_(grads, math.inf if clip is None else clip))
+        norm = float(whole(nn.utils.clip_grad_norm_(grads, math.inf if clip is None else clip)))
         if not (math.isfinite(losses[-1]) and math.isfinite(norm)):
             raise RunError(f"step {loop.step}: the loss is {losses[-1]}, the norm of the gradient {norm}. Lower the learning rate, warm up, "
                            "or look for a layer with too few bits; the weights are those before this step")
@@ -189,18 +196,20 @@ def _backward(loop: Loop, wrapped: nn.Module, run: Run, objective: Loss, tactics
     if rows < ranks:
         raise RunError(f"a batch of {rows} rows cannot be shared by {ranks} processes; give a larger batch")
     mine = range(rank * rows // ranks, (rank + 1) * rows // ranks)
-    size, whole = run.micro or max(len(mine), 1), max(task.weight(loop.batch), 1)
-    total = torch.zeros((), device=accelerator.device)
-    for first in mine[::size]:
-        part: Batch = {name: value[first : min(first + size, mine.stop)] for name, value in loop.batch.items()}
-        last = first + size >= mine.stop
-        with contextlib.nullcontext() if last or ranks == 1 else accelerator.no_sync(wrapped):
+    most, counted = -(-rows // ranks), max(task.weight(loop.batch), 1)
+    size, total = run.micro or most, torch.zeros((), device=accelerator.device)
+    turns = -(-most // size)                                      # as many on each rank: under FSDP2 every forward is a meeting
+    for turn in range(turns):
+        first = mine.start + turn * size
+        ours = slice(first, min(first + size, mine.stop)) if first < mine.stop else slice(mine.stop - 1, mine.stop)
+        part: Batch = {name: value[ours] for name, value in loop.batch.items()}
+        with unsynced(accelerator, wrapped, turn + 1 < turns):
             with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
                 value = objective(wrapped, part)
                 for tactic in tactics:
                     value = tactic.loss(loop, value, part)
-            share = task.weight(part) / whole
-            accelerator.backward(value * (share * ranks))         # ranks: DDP takes the mean of what is meant as a sum
+            share = task.weight(part) / counted if first < mine.stop else 0.0      # a rank that is done goes on with a row that counts nothing
+            accelerator.backward(value * (share * ranks))         # ranks: DDP and FSDP2 take the mean of what is meant as a sum
             total += value.detach() * share
     return float(accelerator.reduce(total, "sum"))
 

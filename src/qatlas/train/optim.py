@@ -21,6 +21,7 @@ from torch import nn
 
 from ..core.error import RuleError, nearest
 from ..core.noun import Noun
+from .ranks import whole
 
 STEPS = frozenset({"scale", "zero", "offset"})
 ROLES = ("weights", "norms", "scales")
@@ -156,7 +157,7 @@ def _unit(model: nn.Module, name: str) -> torch.Tensor:
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """The learning rates of a step: each group's own times the schedule's factor; a relative one times the mean size of its scale."""
     for group in optimizer.param_groups:
-        size = float(group["unit"].abs().mean()) if group.get("relative") else 1.0
+        size = float(whole(group["unit"]).abs().mean()) if group.get("relative") else 1.0
         group["lr"] = group["base_lr"] * factor * size
 
 

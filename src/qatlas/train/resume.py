@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from ..core.error import CheckpointError
 from ..core.noun import Noun
 from ..core.quantizer import Quantizer
+from .ranks import cut, written
 
 Tensors = dict[str, Tensor]
 FORMAT = 1
@@ -158,14 +159,14 @@ def sync(path: Path) -> None:
 
 
 def state_of(model: nn.Module) -> Tensors:
-    """The model's state, tied tensors once."""
+    """The model's state, tied tensors once. Under FSDP2 whole on the first process only, and to be called on all."""
     seen: set[tuple[Any, ...]] = set()
     out = {}
-    for name, t in model.state_dict().items():
-        key = (t.data_ptr(), t.shape, t.stride(), t.dtype)
+    for name, t in model.state_dict(keep_vars=True).items():
+        key = (id(t),) if hasattr(t, "full_tensor") else (t.data_ptr(), t.shape, t.stride(), t.dtype)
         if t.numel() == 0 or key not in seen:
             seen.add(key)
-            out[name] = t
+            out[name] = written(t.detach())
     return out
 
 
@@ -188,12 +189,12 @@ def load_state(model: nn.Module, tensors: Tensors) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> tuple[Tensors, dict[str, Any]]:
-    """The optimizer's state by parameter name: tensors, and what is plain."""
+    """The optimizer's state by parameter name: tensors (under FSDP2 as in `state_of`), and what is plain."""
     tensors, plain = {}, {}
     for parameter, name in names.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}::{key}"] = value
+                tensors[f"{name}::{key}"] = written(value)
             else:
                 plain[f"{name}::{key}"] = value
     return tensors, plain
@@ -209,7 +210,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter
             raise CheckpointError(f"the saved optimizer knows a parameter {name!r} that is not trained here")
         parameter = places[name]
         if isinstance(value, Tensor) and value.dim() > 0:
-            value = value.to(parameter.device)
+            value = cut(value.to(parameter.device), parameter)
         state.setdefault(parameter, {})[key] = value
     optimizer.state.update(state)
 
@@ -225,17 +226,21 @@ def random_state() -> Tensors:
 
 def load_random(state: Tensors) -> None:
     """Put a state of `random_state` back."""
-    version, internal, gauss = json.loads(bytes(state["python"].tolist()))
+    version, internal, gauss = _value(state["python"])
     random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = json.loads(bytes(state["numpy"].tolist()))
+    kind, keys, *rest = _value(state["numpy"])
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
+    torch.set_rng_state(state["torch"].clone())                   # torch reads from the beginning of the memory, whatever the view
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"].clone())
 
 
 def _bytes(value: Any) -> Tensor:
     return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _value(state: Tensor) -> Any:
+    return json.loads(bytes(state.tolist()).rstrip(b"\0"))        # zeros behind it: another process's was longer
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..core.error import RunError
 from ..core.quantizer import Quantizer
 from ..layers.quantized import Quantized
+from .ranks import cut, opened
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -99,13 +100,17 @@ class Loop:
                 yield name, module
 
     def quantized(self) -> Iterator[tuple[nn.Parameter, Tensor, float]]:
-        """Weight, the values that its layer computes with (same shape), its learning rate; of each trained quantized weight, tied ones once."""
+        """Weight, the values that its layer computes with (same shape), its learning rate; of each trained quantized weight, tied ones once.
+        Under FSDP2 both are pieces, cut alike; the values are of the whole weight."""
         rates = {p: float(g["lr"]) for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad}
         seen: set[int] = set()
         for _, layer in self.layers():
             if layer.weight in rates and id(layer.weight) not in seen:
                 seen.add(id(layer.weight))
-                yield layer.weight, layer.hard(), rates[layer.weight]
+                weight = layer.weight
+                with opened(layer):
+                    values = layer.hard()
+                yield weight, cut(values, weight), rates[weight]
 
     def refresh(self) -> None:
         """Tell each layer that keeps its quantized weight that the weight was written: for writes through `.data`, which no version counter sees."""
@@ -115,7 +120,12 @@ class Loop:
 
 
 class Tactic:
-    """Does nothing. Override what the method needs. Every argument of the constructor should be kept as an attribute: resume points compare them."""
+    """Does nothing. Override what the method needs. Every argument of the constructor should be kept as an attribute: resume points compare them.
+
+    pieces: whether it works where parameters, gradients and moments are in pieces (FSDP2; see ranks). One that has not said so is refused there.
+    """
+
+    pieces: ClassVar[bool] = False
 
     @classmethod
     def idle(cls) -> Tactic:
@@ -159,6 +169,8 @@ class Freeze(Tactic):
     0.1
     """
 
+    pieces = True
+
     def __init__(self, until: float = 0.1) -> None:
         self.until = until
 
@@ -180,6 +192,8 @@ class Ramp(Tactic):
     >>> [round(Ramp(0.5).blend(step, 6), 2) for step in range(6)]
     [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     """
+
+    pieces = True
 
     def __init__(self, over: float = 0.1) -> None:
         if not 0 <= over <= 1:
@@ -203,6 +217,8 @@ class NoDecay(Tactic):
     >>> NoDecay(0.5).since
     0.5
     """
+
+    pieces = True
 
     def __init__(self, since: float = 0.5) -> None:
         if not 0 <= since <= 1:
