@@ -119,3 +119,12 @@ def test_weight_errors_are_relative_squares():
 def test_versions_leave_out_what_is_missing(monkeypatch):
     monkeypatch.setattr(module, "LIBRARIES", ("torch", "no-such-library"))
     assert set(versions()) == {"python", "torch"} and peak_memory() > 0
+
+
+def test_steps_of_a_run_with_two_fits_are_counted_on():
+    record, run = Record("lsq", {}, ""), Run(progress=False)
+    run.tactics = (Watch(record, 2),)
+    model, data = quantized(llama()), task(run=run)
+    for steps in (3, 4):
+        fit(model, data, steps=steps)
+    assert [step for step, _ in record.curve] == [2, 4, 6]

@@ -114,8 +114,9 @@ class Watch(Tactic):
             self._record.scores["untrained"] = self._score(loop)
 
     def after(self, loop: Loop) -> None:
-        if self.every and (loop.step + 1) % self.every == 0 and loop.step + 1 < loop.steps:
-            self._record.curve.append((loop.step + 1, self._score(loop)))
+        step = loop.step + 1 + sum(len(history.loss) for history in loop.task.run.histories)       # of the run, over all its fits
+        if self.every and step % self.every == 0 and loop.step + 1 < loop.steps:
+            self._record.curve.append((step, self._score(loop)))
 
     def state_dict(self) -> dict[str, Any]:
         kept = self._record
