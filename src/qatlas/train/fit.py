@@ -107,13 +107,13 @@ def _begin(loop: Loop, train: str | Sequence[str], optimizer: Optimizer, tactics
         for i, (tactic, state) in enumerate(zip(tactics, point.plain["tactics"], strict=True)):
             own = {name.partition(".")[2]: t for name, t in point.tensors.get("tactics.safetensors", {}).items() if name.startswith(f"{i}.")}
             tactic.load_state_dict({**state, **own})
-        _widen(trained(loop.model, train))                        # what was saved is fp32 already
+        widen(trained(loop.model, train))                        # what was saved is fp32 already
         load_state(loop.model, point.tensors["model.safetensors"])
         loop.step, loop.history = point.step, History(**point.plain["history"])
     loop.names = trained(loop.model, train)
     for parameter in loop.model.parameters():
         parameter.requires_grad_(parameter in loop.names)
-    _widen(loop.names)
+    widen(loop.names)
     loop.optimizer = optimizer.build(loop.model, loop.names)
     if point is not None and not point.finished:
         load_optimizer(loop.optimizer, loop.names, point.tensors["optimizer.safetensors"], point.plain["optimizer"])
@@ -121,7 +121,8 @@ def _begin(loop: Loop, train: str | Sequence[str], optimizer: Optimizer, tactics
     loop.refresh()
 
 
-def _widen(parameters: Iterable[nn.Parameter]) -> None:
+def widen(parameters: Iterable[nn.Parameter]) -> None:
+    """Masters are fp32: parameters in less become so."""
     for parameter in parameters:
         if parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
