@@ -6,7 +6,14 @@ from sentences import SIZE, Letters, bert, gpt2, images, sentences, vit
 from tiny import llama as tiny_llama
 from tiny import task as text
 from torch import nn
-from transformers import BartConfig, BartForConditionalGeneration, DebertaV2Config, DebertaV2ForSequenceClassification, ResNetConfig, ResNetForImageClassification
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from qatlas.core.error import DataError, RuleError, RunError
 from qatlas.model.taps import read

@@ -187,7 +187,7 @@ def ternarize(model: nn.Module, task: Task, *, loss_aware: bool, rows: bool, emb
     def weight(grain: Grain) -> Quant:
         return Lat(grain=grain, clip=clip) if loss_aware else Quant(Ternary(0.7), grain, AbsMean(), refit=True, clip=clip)
 
-    widen(model.parameters())                                     # all are trained; an embedding of masters answers in fp32, which bf16 could not read
+    widen(model.parameters())                                     # all are trained; a quantized embedding answers in fp32, which bf16 could not read
     words = word_embedding(model) if embeddings is None or embeddings else None
     if embeddings and words is None:
         raise RuleError(f"{type(model).__name__} has no table of words as its input embeddings; write embeddings=False")

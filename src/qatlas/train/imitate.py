@@ -140,15 +140,16 @@ def see_alike(teacher: nn.Module, student: nn.Module, task: Task) -> None:
 
 
 def one_row(model: nn.Module) -> None:
-    """Raise RunError for an encoder with a decoder: its blocks are two rows, and signals of one would be imitated and those of the other forgotten."""
+    """Raise RunError for an encoder with a decoder: its blocks are two rows, and those of one would be forgotten."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise RunError(f"{type(model).__name__} is an encoder with a decoder, and imitation goes along one row of blocks: take a model that is one of "
-                       "the two, or a paper that looks at logits only")
+        raise RunError(f"{type(model).__name__} is an encoder with a decoder, and imitation goes along one row of blocks: take a model that is one "
+                       "of the two, or a paper that looks at logits only")
 
 
 def bare(model: nn.Module) -> nn.Module:
     """The model itself, where DDP stands around it: addresses are of its modules."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+    return inner
 
 
 def teacher_for(student: nn.Module, task: Task, teacher: str | nn.Module | None = None) -> Teacher:
