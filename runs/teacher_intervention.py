@@ -37,7 +37,7 @@ from qatlas.train.imitate import Imitation
 from qatlas.train.run import Run
 from qatlas.train.sharpness import sharpness
 from qatlas.train.tactic import Loop, Tactic
-from qatlas.train.task import LanguageModelling
+from qatlas.train.task import LanguageModelling, device, moved
 from qatlas.train.teacher import Teacher
 
 ROWS: dict[str, dict[str, Any]] = {"plain": {"first": 0}, "restart": {"mode": "none"}, "TI-O": {"mode": "output"}, "TI-M": {"mode": "map"},
@@ -113,7 +113,7 @@ class Curve(Tactic):
 def judge(model: nn.Module, objective: Imitation, batches: list[Any]) -> float:
     """The mean loss of imitation over batches, in eval mode."""
     with judged(model):
-        total = sum(float(objective(model, batch)) * len(batch["labels"]) for batch in batches)
+        total = sum(float(objective(model, moved(batch, device(model)))) * len(batch["labels"]) for batch in batches)
     return total / sum(len(batch["labels"]) for batch in batches)
 
 

@@ -1,17 +1,22 @@
 """Teacher Intervention: the exact checks of its sheet (section 6), on four kinds of models."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from sentences import bert, gpt2, pair, sentences
 from tiny import llama as tiny_llama
 from tiny import task as text
 
-from qatlas.core.error import RuleError, RunError
+from qatlas.core.error import CheckpointError, RuleError, RunError
+from qatlas.model import signals
 from qatlas.model.taps import read
 from qatlas.papers.teacher_intervention import POINTS, Intervened, Intervention, stops, teacher_intervention, turn
 from qatlas.papers.ternarybert import ternarize
+from qatlas.train.fit import Planned
 from qatlas.train.imitate import Imitation, find
 from qatlas.train.run import Run
+from qatlas.train.tactic import Tactic
 from qatlas.train.teacher import SelfTeacher, Teacher, full_precision
 
 PLAIN = {"loss_aware": False, "rows": False, "embeddings": None, "input_bits": 8, "minmax": False, "per_token": None, "clip": 2.5}
@@ -155,6 +160,8 @@ def test_a_wrong_mode_and_too_many_first_steps_fail_before_anything_moves():
         teacher_intervention(bert(), sentences(), first=4, steps=4)
     with pytest.raises(RunError, match="gradual"):
         teacher_intervention(bert(), sentences(), mode="grad", first=1, steps=4)  # type: ignore[arg-type]
+    with pytest.raises(RunError, match="gradual"):
+        teacher_intervention(bert(), sentences(), mode="grad", first=0, steps=4)  # type: ignore[arg-type]
     with pytest.raises(RunError, match="probabilities|map"):
         Intervened(sentences(), Teacher(bert()), bert(), "probs")
 
@@ -168,17 +175,26 @@ def test_gpt2s_map_is_refused_and_its_output_is_not():
     assert len(task.run.histories) == 2
 
 
-def test_dropout_reaches_what_is_put_in():
-    """The student's own dropout acts on the teacher's map and output, as in the authors' code."""
+@pytest.mark.parametrize(("at", "only"), [("map", "attention.self"), ("output", "attention.output.dropout")])
+def test_dropout_reaches_what_is_put_in(at, only):
+    """The student's own dropout acts on the teacher's map and output, as in the authors' code; no other dropout is on here."""
     model = bert(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     task, teacher = sentences(), Teacher.of(model)
     ternarize(model, task, **PLAIN)
-    for at in ("map", "output"):
-        loss = Intervened(task, teacher, model, at, **TERMS)
-        _, theirs = teacher.signals(task, task.batch(0), loss.read())
-        with torch.no_grad():
-            a, b = (loss.forward(model.train(), task.batch(0), theirs)[0] for _ in "ab")
-        assert not torch.equal(a, b)
+    loss = Intervened(task, teacher, model.train(), at, **TERMS)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and only not in name:
+            module.p = 0.0
+    _, theirs = teacher.signals(task, task.batch(0), loss.read())
+    with torch.no_grad():
+        a, b = (loss.forward(model.train(), task.batch(0), theirs)[0] for _ in "ab")
+    assert not torch.equal(a, b)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    with torch.no_grad():
+        a, b = (loss.forward(model.train(), task.batch(0), theirs)[0] for _ in "ab")
+    assert torch.equal(a, b)
 
 
 def test_a_tactic_without_losses_leaves_the_run_alone():
@@ -223,3 +239,73 @@ def test_what_the_losses_read_is_the_students_own():
         with read(model, address) as plain:
             model(**{k: v for k, v in batch.items() if k != "labels"})
     assert torch.equal(own[address], plain[address]) and not torch.equal(own[address], theirs[address])
+
+
+def test_a_plan_is_of_all_steps():
+    task = sentences(Run(progress=False))
+    task.run.plan = True
+    with pytest.raises(Planned) as stop:
+        teacher_intervention(bert(), task, steps=40)
+    assert stop.value.estimate["steps"] == 40
+    with pytest.raises(RuleError, match="cannot be told apart"):
+        other = text(run=Run(progress=False))
+        other.run.plan = True
+        teacher_intervention(gpt2(), other, mode="map", steps=40)
+
+
+def test_a_first_learning_rate_of_zero_is_zero():
+    task = sentences(Run(progress=False))
+    teacher_intervention(bert(), task, first=2, first_lr=0.0, steps=3, lr=1e-3)
+    assert task.run.histories[0].lr == [0.0, 0.0] and task.run.histories[1].lr[0] > 0
+
+
+def test_projections_without_a_known_name_are_refused(monkeypatch):
+    """Else the teacher would come in and no gradient would be stopped."""
+    monkeypatch.setattr(signals, "PROJECTIONS", ())
+    model = bert()
+    with pytest.raises(RuleError, match="attention.self has no projections"):
+        stops(model, "output")
+
+
+def test_several_processes_are_refused_where_projections_hear_nothing():
+    model, task = bert(), sentences()
+    teacher = Teacher.of(model)
+    two = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2))
+    for at in POINTS:
+        tactic = Intervention(at, {at: Intervened(task, teacher, model, at, **TERMS)})
+        if at == "map":
+            tactic.start(two)
+            continue
+        with pytest.raises(RunError, match=f"comes in at {at}.*one process"):
+            tactic.start(two)
+
+
+class Stop(Tactic):
+    """Ends the run after so many steps of all its parts."""
+
+    def __init__(self, at):
+        self._at, self._seen = at, 0
+
+    def after(self, loop):
+        self._seen += 1
+        if self._seen == self._at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", [2, 5])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(at, tmp_path):
+    """In the first part and in the second, with drawn points, curvature and dropout."""
+    def trained(out, resume=False, stop=99, **more):
+        run = Run(out, resume=resume, save_every=1, progress=False)
+        run.tactics = (Stop(stop),)
+        model = bert(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+        return teacher_intervention(model, sentences(run), mode="stochastic", first=3, steps=7, lr=1e-3, loss_aware=True, **more).state_dict()
+
+    whole = trained(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "b", stop=at)
+    bert(seed=5).save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="another run: loss|another run: tactics"):
+        trained(tmp_path / "b", resume=True, teacher=str(tmp_path / "other"))
+    again = trained(tmp_path / "b", resume=True)
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)

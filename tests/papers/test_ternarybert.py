@@ -159,3 +159,10 @@ def test_minmax_rows_and_adamw():
     model = ternarybert(bert(), sentences(), steps=2, minmax=True, rows=True, adamw=True, clip=None)
     layer = quantized(model)["bert.pooler.dense"]
     assert layer.weight_quantizer.quant.grain == PerChannel() and layer.input_quantizer.quant.grid.signed is False
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_model_in_bf16_is_widened(kind):
+    model, task = pair(kind, None)
+    model = ternarybert(model.to(torch.bfloat16), task, steps=2)
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())

@@ -6,7 +6,14 @@ from sentences import SIZE, Letters, bert, gpt2, images, sentences, vit
 from tiny import llama as tiny_llama
 from tiny import task as text
 from torch import nn
-from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, ResNetConfig, ResNetForImageClassification
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from qatlas.core.error import DataError, RuleError, RunError
 from qatlas.model.taps import read
@@ -169,3 +176,31 @@ def test_the_student_as_its_own_teacher_and_other_kinds(tmp_path):
     for model, task in ((vit(), images(tmp_path)), (gpt2(), text())):
         loss = Imitation(task, SelfTeacher(model), model, hidden=1.0, scores=1.0, attended=1.0)
         assert loss(model, task.batch(0)).isfinite()
+
+
+def test_an_encoder_with_a_decoder_is_refused_before_anything_moves():
+    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    bart = BartForConditionalGeneration(BartConfig(**sizes, vocab_size=32, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64))
+    kinds = [type(module) for module in bart.modules()]
+    for train in (lambda: ternarybert(bart, text(), steps=1), lambda: Imitation(text(), Teacher.of(bart), bart, hidden=1.0)):
+        with pytest.raises(RunError, match="encoder with a decoder"):
+            train()
+    assert [type(module) for module in bart.modules()] == kinds
+
+
+def test_a_model_with_a_part_called_module_is_not_taken_for_ddp():
+    class Wrapped(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.module, self.extra, self.config = inner, nn.Linear(1, 1), inner.config
+
+        def get_input_embeddings(self):
+            return self.module.get_input_embeddings()
+
+        def forward(self, **batch):
+            return self.module(**batch)
+
+    student, task = Wrapped(bert(seed=1)), sentences()
+    loss = Imitation(task, Teacher(Wrapped(bert(seed=2))), student, hidden=1.0)
+    assert loss.addresses["hidden"][0] == "module.bert.encoder.layer.0:input"
+    assert loss(student, task.batch(0)).isfinite()

@@ -39,10 +39,13 @@ class QEmbedding(Quantized, nn.Embedding):
 
     @property
     def by_row(self) -> bool:
-        """Whether a row can be quantized without the others: a scale of its own that is measured afresh, nothing kept, nothing beside."""
+        """Whether a row can be quantized without the others: a scale of its own that is measured afresh and stored as it is (nested scales may share
+        a step), nothing kept, nothing beside."""
         quantizer = self.weight_quantizer
-        return type(quantizer) is Quantizer and quantizer.quant.scale.keeps == "nothing" and self.adapter is None and self.keep == "each" \
-            and (quantizer.quant.grain == PerChannel() or isinstance(quantizer.quant.grain, Group)) and not self.scale_grad_by_freq
+        if type(quantizer) is not Quantizer or self.adapter is not None or self.keep != "each" or self.scale_grad_by_freq:
+            return False
+        quant = quantizer.quant
+        return quant.scale.keeps == "nothing" and quant.scale.nested is None and (quant.grain == PerChannel() or isinstance(quant.grain, Group))
 
     def pack(self) -> PackedEmbedding:
         return PackedEmbedding.of(self.quantize(), None, self)

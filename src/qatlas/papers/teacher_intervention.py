@@ -41,11 +41,11 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor, nn
 
-from ..core.error import RunError, unknown
+from ..core.error import RuleError, RunError, unknown
 from ..model import signals
 from ..model.taps import override, read, stop_gradient
 from ..train.fit import fit
-from ..train.imitate import Imitation, teacher_for
+from ..train.imitate import Imitation, bare, teacher_for
 from ..train.schedule import linear
 from ..train.tactic import Loop, Pass, Tactic
 from ..train.task import Batch, Task
@@ -71,13 +71,16 @@ class Intervened(Imitation):
         self.at = at
         self.injected = [spot.address for spot in signals.find(student, f"@attention:{POINTS[at]}")]
         self.stopped = stops(student, at)
+        if len(self.injected) < len(signals.attentions(student)):
+            raise RunError(f"{len(self.injected)} of {len(signals.attentions(student))} attentions of {type(student).__name__} have the signal "
+                           f"{POINTS[at]}: the teacher comes in at all of them or not at all. Take another mode")
         super().__init__(task, teacher, student, **terms)
 
     def read(self) -> list[str]:
         return list(dict.fromkeys([*super().read(), *self.injected]))
 
     def forward(self, model: nn.Module, batch: Batch, theirs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        inner = getattr(model, "module", model)
+        inner = bare(model)
         with contextlib.ExitStack() as stack:
             stack.enter_context(override(inner, {address: theirs[address] for address in self.injected}))
             stack.enter_context(stop_gradient(inner, self.stopped))
@@ -89,11 +92,17 @@ def stops(model: nn.Module, at: str) -> list[str]:
     """Where no gradient passes down: the inputs of Q and K, and of V unless the map is replaced.
 
     Raises:
-        RuleError: the map in a model that makes Q, K and V by one matrix: V's input cannot be told from theirs.
+        RuleError: the map in a model that makes Q, K and V by one matrix: V's input cannot be told from theirs; projections of unknown names.
     """
     if at == "map":
-        return ["@attention:query_input", "@attention:key_input"]
+        signals.find(model, "@attention:query_input")             # where no attention has it, this says why
     found = signals.attentions(model).values()
+    lost = next((near.name for near in found if not near.parts and (at == "map" or not near.fused)), None)
+    if lost is not None:
+        raise RuleError(f"{lost} has no projections of query, key and value under names that are known: no gradient may pass down through them where "
+                        "the teacher comes in. Take mode='none', or the paper ternarybert")
+    if at == "map":
+        return ["@attention:query_input", "@attention:key_input"]
     return [address for near in found for address in ([f"{near.fused}:input"] if near.fused else [f"{part}:input" for part in near.parts or ()])]
 
 
@@ -108,6 +117,13 @@ class Intervention(Tactic):
     @classmethod
     def idle(cls) -> Intervention:
         return cls("gradual")
+
+    def start(self, loop: Loop) -> None:
+        """Refuse several processes, where parameters without a gradient would hang or stop DDP."""
+        silent = sorted({"output", "context"} & set(self.losses))
+        if loop.accelerator.num_processes > 1 and silent:
+            raise RunError(f"the teacher comes in at {' and '.join(silent)}, where projections get no gradient, and {loop.accelerator.num_processes} "
+                           "processes wait for one of every parameter: run in one process, or take mode='map'")
 
     def passes(self, loop: Loop) -> Sequence[Pass] | None:
         loss = self.losses.get(turn(self.mode, loop.step, loop.steps, loop.task.run.seed))
@@ -171,7 +187,8 @@ def teacher_intervention(model: nn.Module, task: Task, *, mode: Mode = "gradual"
     first = max(1, steps // 10) if first is None else first
     if not 0 <= first < steps:
         raise RunError(f"first={first} steps with intervention of {steps} in all: the second part needs at least one")
-    points = {turn(mode, step, first, task.run.seed) for step in range(first)} - {"none"}        # a wrong mode fails before anything moves
+    turn(mode, 0, 1)                                               # a wrong mode fails before anything moves
+    points = {turn(mode, step, first, task.run.seed) for step in range(first)} - {"none"}
     taught = teacher_for(model, task, teacher)
     ternarize(model, task, loss_aware=loss_aware, rows=rows, embeddings=embeddings, input_bits=input_bits, minmax=minmax, per_token=per_token,
               clip=clip)
@@ -181,6 +198,9 @@ def teacher_intervention(model: nn.Module, task: Task, *, mode: Mode = "gradual"
     aware = [Curvature()] if loss_aware else []
     if first:
         at = Intervention(mode, {point: Intervened(task, taught, model, point, **terms) for point in sorted(points)})
-        train(task, optimizer=adam(adamw, first_lr or lr, weight_decay), steps=first, tactics=[at, *aware])
+    if first and task.run.plan:
+        first = 0                                                 # the plan of the one fit that it makes is that of all steps
+    if first:
+        train(task, optimizer=adam(adamw, lr if first_lr is None else first_lr, weight_decay), steps=first, tactics=[at, *aware])
     train(task.later(first), optimizer=adam(adamw, lr, weight_decay), steps=steps - first, tactics=aware)
     return model

@@ -49,7 +49,7 @@ from ..core.scale import AbsMax, AbsMean, MinMax, Place, Scale
 from ..model.coverage import describe
 from ..model.roles import Role, ask
 from ..model.rules import Rule, keep_full, quantize
-from ..train.fit import fit
+from ..train.fit import fit, widen
 from ..train.imitate import Imitation, teacher_for
 from ..train.optim import AdamW, BertAdam, Optimizer
 from ..train.ranks import whole
@@ -190,6 +190,7 @@ def ternarize(model: nn.Module, task: Task, *, loss_aware: bool, rows: bool, emb
     def weight(grain: Grain) -> Quant:
         return Lat(grain=grain, clip=clip) if loss_aware else Quant(Ternary(0.7), grain, AbsMean(), refit=True, clip=clip)
 
+    widen(model.parameters())                                     # all are trained; a quantized embedding answers in fp32, which bf16 could not read
     words = word_embedding(model) if embeddings is None or embeddings else None
     if embeddings and words is None:
         raise RuleError(f"{type(model).__name__} has no table of words as its input embeddings; write embeddings=False")

@@ -109,13 +109,13 @@ def _begin(loop: Loop, train: str | Sequence[str], tactics: Sequence[Tactic], po
         for i, (tactic, state) in enumerate(zip(tactics, point.plain["tactics"], strict=True)):
             own = {name.partition(".")[2]: t for name, t in point.tensors.get("tactics.safetensors", {}).items() if name.startswith(f"{i}.")}
             tactic.load_state_dict({**state, **own})
-        _widen(trained(loop.model, train))                        # what was saved is fp32 already
+        widen(trained(loop.model, train))                        # what was saved is fp32 already
         load_state(loop.model, point.tensors["model.safetensors"])
         loop.step, loop.history = point.step, History(**point.plain["history"])
     chosen = trained(loop.model, train)
     for parameter in loop.model.parameters():
         parameter.requires_grad_(parameter in chosen)
-    _widen(chosen)
+    widen(chosen)
     loop.refresh()
 
 
@@ -129,7 +129,8 @@ def _equip(loop: Loop, train: str | Sequence[str], optimizer: Optimizer, point: 
         load_random({name: t[rank] for name, t in states.items()}) if rank < len(states["torch"]) else None
 
 
-def _widen(parameters: Iterable[nn.Parameter]) -> None:
+def widen(parameters: Iterable[nn.Parameter]) -> None:
+    """Masters are fp32: parameters in less become so."""
     for parameter in parameters:
         if parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..core.error import QatlasError, RunError, unknown
 from ..model import signals
@@ -32,6 +33,7 @@ from ..model.roles import ask
 from ..model.taps import read
 from . import loss
 from .evaluate import judged
+from .resume import fingerprint
 from .task import Batch, Task, device, moved
 from .teacher import SelfTeacher, Teacher
 
@@ -53,8 +55,10 @@ class Imitation:
         for name in weights:
             if name not in TERMS:
                 raise RunError(unknown("term of imitation", name, ["logits", *TERMS]))
+        one_row(student)
         if not hasattr(teacher, "signals"):
             raise RunError(f"a {type(teacher).__name__} knows logits only; imitation looks inside its teacher: give a Teacher or a SelfTeacher")
+        self.source = {"kind": teacher.source, "model": fingerprint(teacher.model)}               # a resume point compares it
         self.task, self.teacher, self.logits, self.class_mean = task, teacher, logits, class_mean
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.addresses = {name: find(student, name) for name in self.weights}
@@ -73,7 +77,7 @@ class Imitation:
 
     def forward(self, model: nn.Module, batch: Batch, theirs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's logits and signals; `theirs` are the teacher's of the same batch."""
-        with read(getattr(model, "module", model), self.read()) as own:
+        with read(bare(model), self.read()) as own:
             return self.task.logits(model, batch), dict(own)
 
     def terms(self, batch: Batch, logits: Tensor, own: dict[str, Tensor], said: Tensor, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -135,12 +139,26 @@ def see_alike(teacher: nn.Module, student: nn.Module, task: Task) -> None:
                        "what the student sees. Take a teacher that does")
 
 
+def one_row(model: nn.Module) -> None:
+    """Raise RunError for an encoder with a decoder: its blocks are two rows, and those of one would be forgotten."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise RunError(f"{type(model).__name__} is an encoder with a decoder, and imitation goes along one row of blocks: take a model that is one "
+                       "of the two, or a paper that looks at logits only")
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model itself, where DDP stands around it: addresses are of its modules."""
+    inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+    return inner
+
+
 def teacher_for(student: nn.Module, task: Task, teacher: str | nn.Module | None = None) -> Teacher:
     """A teacher for a model that is still in full precision: a copy of itself, another model, or one loaded from a directory or the Hub.
 
     Raises:
-        RunError: a teacher with another tokenizer. CheckpointError: one that cannot be loaded.
+        RunError: a teacher with another tokenizer; a student that is an encoder with a decoder. CheckpointError: one that cannot be loaded.
     """
+    one_row(student)
     if teacher is None:
         return Teacher.of(student)
     if isinstance(teacher, nn.Module):
@@ -177,4 +195,4 @@ def _map(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
 TERMS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "hidden": _mse, "scores": _scores, "probabilities": _map, "context": _mse, "projected": _mse, "attended": _mse}
 
-__all__: Sequence[str] = ["Imitation", "find", "see_alike", "teacher_for"]
+__all__: Sequence[str] = ["Imitation", "bare", "find", "one_row", "see_alike", "teacher_for"]
