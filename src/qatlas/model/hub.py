@@ -1,10 +1,10 @@
 """Loading through transformers: `AutoModel...from_pretrained(directory)` after `import qatlas`.
 
-transformers asks a registered quantizer for help when config.json names its `quant_method`, or when the caller gives a `quantization_config`. There are
-three forms of it:
+transformers asks a registered quantizer for help when config.json names its `quant_method`, or when the caller gives a `quantization_config`, which
+has three forms:
 
-    asked        QatlasConfig("w4-g32", target="gguf:q4_0") and a directory in full precision: the weights are loaded, then `quantize` sets its layers,
-                 so every scale starts from the weights that are there
+    asked        QatlasConfig("w4-g32", target="gguf:q4_0") and a directory in full precision: the weights are loaded, then `quantize` sets its
+                 layers, so every scale starts from the weights that are there
     trainable    what `save_pretrained` writes of a model in training, and a Trainer as its checkpoints: masters and scales (trainable.py)
     packed       codes (artefact.py)
 
@@ -12,8 +12,8 @@ The layers of a saved model are put into the empty model before any weight is re
 things need care:
 
     types    the loader casts a floating tensor to the type of the parameter that waits for it. Scales wait in fp32 whatever `dtype=` the user
-             passes, so they arrive bit for bit, also from fp16 or fp8 files; biases and norms take the user's type. A model to be trained is loaded in
-             fp32 as a whole, and a `dtype=` that says otherwise is answered by a warning.
+             passes, so they arrive bit for bit, also from fp16 or fp8 files; biases and norms take the user's type. A model to be trained is loaded
+             in fp32 as a whole, and a `dtype=` that says otherwise is answered by a warning.
     ties     transformers ties `lm_head.weight` to the embedding; packed layers have no `weight`. They share one Store, which only the first of
              them shows while the file is read. Trainable layers keep their weight and share their quantizer in the same way.
     names    the file holds the modules' own names, so the conversions from older checkpoints are switched off for models of ours.
@@ -47,8 +47,8 @@ class QatlasConfig(QuantizationConfigMixin):
     """`quantization_config` of `from_pretrained` and of config.json.
 
     rules: a bit string such as "w2a8-g64", or a list of `Rule`s. target: the format for which the model is trained, such as "gguf:q4_0".
-    The rest is written by `save_pretrained`: version, dtype (of what is not quantized), layers (name -> meta, of a packed model), trainable (the same,
-    of one in training), full (names that stay in full precision), signals (address -> meta of a quantizer inside attention).
+    The rest is written by `save_pretrained`: version, dtype (of what is not quantized), layers (name -> meta, of a packed model), trainable (the
+    same, of one in training), full (names that stay in full precision), signals (address -> meta of a quantizer inside attention).
 
     Raises:
         CheckpointError: another method or version, or fields that this version does not know. QuantError, RuleError: rules that are none.
@@ -112,10 +112,11 @@ class Loader(HfQuantizer):
     def __init__(self, quantization_config: QatlasConfig, **kwargs: Any) -> None:
         saved, form = kwargs.get("pre_quantized", True), quantization_config.form
         if not saved and form != "asked":
-            raise CheckpointError(f"this quantization_config describes the layers of a {form} model, and the directory holds one in full precision; to "
-                                  'quantize it, write quantization_config=QatlasConfig("w4-g32")')
+            raise CheckpointError(f"this quantization_config describes the layers of a {form} model, and the directory holds one in full precision; "
+                                  'to quantize it, write quantization_config=QatlasConfig("w4-g32")')
         if saved and form == "asked":
-            raise CheckpointError("quantization_config has rules and no layers: the model would load without a single quantized tensor. Save it again")
+            raise CheckpointError("quantization_config has rules and no layers: the model would load without a single quantized tensor. "
+                                  "Save it again")
         super().__init__(quantization_config, **kwargs)
         self.tied: list[tuple[nn.Module, nn.Module]] = []
         self.shared = "store" if form == "packed" else "weight_quantizer"

@@ -1,12 +1,12 @@
 """A model that is still in training, as an artefact: masters, scales, and the JSON that says the rest.
 
-    model.safetensors     each parameter and buffer under its module's name: `NAME.weight` is the fp32 master, `NAME.weight_quantizer.scale` its steps,
-                          `NAME.input_quantizer.scale` a calibrated step; an adapter, a transform and a norm under theirs
+    model.safetensors     each parameter and buffer under its module's name: `NAME.weight` is the fp32 master, `NAME.weight_quantizer.scale` its
+                          steps, `NAME.input_quantizer.scale` a calibrated step; an adapter, a transform and a norm under theirs
     quantization_config   {"quant_method": "qatlas", "version": 1, "trainable": {NAME: meta}, "full": [...], "rules": [...]}
 
-A layer's meta is its class, its Slots, and for each quantizer its Quant (calibration may have decided the signedness since) with the shapes of what it
-holds. So a model is rebuilt from what it was, not from its rules: nothing is measured, fitted or calibrated a second time. Layers that share one weight
-share one quantizer ("tied"), which the file holds once. `full` are the names that the rules keep in full precision, which coverage asks for.
+A layer's meta is its class, its Slots, and for each quantizer its Quant (calibration may have decided the signedness since) with the shapes of what
+it holds. So a model is rebuilt from what it was, not from its rules: nothing is measured, fitted or calibrated a second time. Layers that share one
+weight share one quantizer ("tied"), which the file holds once. `full` are the names that the rules keep in full precision, which coverage asks for.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def rebuild(model: nn.Module, found: Mapping[str, dict[str, Any]]) -> dict[str, 
     """
     modules = dict(model.named_modules())
     out: dict[str, Layer] = {}
-    for name, meta in found.items():
+    for name, meta in sorted(found.items(), key=lambda item: "tied" in item[1]):  # JSON is sorted by name; the file holds the first of two
         if name not in modules:
             raise CheckpointError(f"the file has a quantized layer {name!r}, which {type(model).__name__} lacks; nearest: "
                                   f"{', '.join(nearest(name, modules)) or 'none'}. The file belongs to another model or another version of it")

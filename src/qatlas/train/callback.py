@@ -1,23 +1,23 @@
-"""QatlasCallback: what quantization-aware training needs of a transformers Trainer (or of TRL's, which is one) that the Trainer does not do by itself.
+"""QatlasCallback: what quantization-aware training needs and a transformers Trainer does not do by itself.
 
     model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=QatlasConfig("w4-g32"))
     Trainer(model, args, ..., callbacks=[QatlasCallback(pack="out/packed")])
 
     before     a model that cannot be trained is refused when the Trainer is made: packed, without quantized layers, masters in 16 bits, or with
-               quantizers that wait for calibration. A model that `quantize` made is given its quantization_config, so that checkpoints are written well.
+               quantizers that wait for calibration. A model that `quantize` made is given its quantization_config, which its checkpoints need
     step       scales never decay, and have a learning rate of their own
     after      kept weights are refreshed; at the end the packed model is saved beside the checkpoints, where `pack` says so
 
-The Trainer puts scales among the weights, in a group that decays. The callback takes them out for the length of `optimizer.step()` and puts them back,
-so the groups of the optimizer are the Trainer's own at all other times: schedules, checkpoints and resuming see nothing of it, and every optimizer,
-also one that was given to the Trainer, is served alike (its moments belong to parameters, not to groups).
+The Trainer puts scales among the weights, in a group that decays. The callback takes them out for the length of `optimizer.step()` and puts them
+back, so the groups of the optimizer are the Trainer's own at all other times: schedules, checkpoints and resuming see nothing of it, and an optimizer
+that was given to the Trainer is served alike (its moments belong to parameters, not to groups).
 
-Static activations (a scheme with "-static", or an open signedness) have no scale before they have seen data, and no parameter that an optimizer could
-have been given. Calibrate before the Trainer is made: `calibrate_on(model, batches)` (calibrate.py) with a few batches as the collator makes them. The
-callback refuses a model where this was forgotten. Dynamic activations ("w4a8") need nothing.
+Static activations (a scheme with "-static", or an open signedness) have no scale before they have seen data, and no parameter that an optimizer
+could have been given. Calibrate before the Trainer is made: `calibrate_on(model, batches)` (calibrate.py) with a few batches as the collator makes
+them. The callback refuses a model where this was forgotten. Dynamic activations ("w4a8") need nothing.
 
-bf16=True and fp16=True are autocast, and leave the masters in fp32. `bf16_full_eval` would write them in bf16 for good, and is refused; so are FSDP and
-DeepSpeed, which cut parameters into pieces that the quantizers here have not been tested with.
+bf16=True and fp16=True are autocast, and leave the masters in fp32. `bf16_full_eval` would write them in bf16 for good, and is refused; so are FSDP
+and DeepSpeed, which cut parameters into pieces that the quantizers here have not been tested with.
 """
 
 from __future__ import annotations
@@ -114,18 +114,18 @@ def check(args: Any, model: nn.Module) -> None:
         raise RunError(f"{packed[0]} is packed, and {len(packed) - 1} more layers: codes cannot be trained. Start from the trainable checkpoint or "
                        "from the full-precision model")
     if not holds(model):
-        raise RunError(f"this {type(model).__name__} has no quantized layer: load it with quantization_config=QatlasConfig(\"w4-g32\"), or call "
+        raise RunError(f"this {type(model).__name__} has no quantized layer: load it with quantization_config=QatlasConfig('w4-g32'), or call "
                        "quantize(model, rules) before the Trainer is made")
     waiting = list(pending(model))
     if waiting:
-        raise QuantError(f"{len(waiting)} quantizers wait for calibration, first {waiting[0]}: their scales must exist before the optimizer does. Call "
-                         "qatlas.train.calibrate.calibrate_on(model, batches) before the Trainer is made, or take dynamic activations (\"w4a8\")")
+        raise QuantError(f"{len(waiting)} quantizers wait for calibration, first {waiting[0]}: their scales must exist before the optimizer does. "
+                         'Call qatlas.train.calibrate.calibrate_on(model, batches) before the Trainer is made, or take dynamic activations ("w4a8")')
     masters = {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, Quantized)}
     scales = {f"{name}.scale": q.scale for name, q in quantizers(model).items() if q.scale is not None}
     narrow = [(name, t.dtype) for name, t in (masters | scales).items() if t.dtype not in WIDE]
     if narrow:
-        raise RunError(f"{narrow[0][0]} is {str(narrow[0][1]).removeprefix('torch.')}, and {len(narrow) - 1} more: masters and scales are fp32, or small "
-                       "steps are lost. Load with dtype=torch.float32; mixed precision is bf16=True of the TrainingArguments")
+        raise RunError(f"{narrow[0][0]} is {str(narrow[0][1]).removeprefix('torch.')}, and {len(narrow) - 1} more: masters and scales are fp32, or "
+                       "small steps are lost. Load with dtype=torch.float32; mixed precision is bf16=True of the TrainingArguments")
     for name in ("bf16_full_eval", "fp16_full_eval"):
         if getattr(args, name, False):
             raise RunError(f"{name}=True casts the model, masters and all, when it is evaluated; leave it out (bf16=True is autocast, and is fine)")
