@@ -175,8 +175,9 @@ def test_a_trainer_trains_resumes_and_packs(full, tiny, tmp_path):
     assert same(other, model)
     third = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-4")
     assert same(third, model)
-    trainer(AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-2"), tmp_path / "run3", QatlasCallback()).train(
-        resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    fourth = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-2")        # and one that starts from the checkpoint itself
+    trainer(fourth, tmp_path / "run3", QatlasCallback()).train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    assert same(fourth, model)
 
     logits = tiny.answer(model.eval(), "llama")
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
