@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClass
 
 from qatlas.core.error import CheckpointError
 from qatlas.layers.packed import Store
-from qatlas.model.hub import Config, Loader
+from qatlas.model.hub import Loader, QatlasConfig
 from qatlas.model.pack import pack, save
 
 AUTO = {"llama": AutoModelForCausalLM, "gpt2": AutoModelForCausalLM, "bert": AutoModelForSequenceClassification,
@@ -90,8 +90,8 @@ def test_truncated_weights_are_one_clear_error(tiny, tmp_path):
 def test_a_config_is_no_way_to_quantize(tiny, tmp_path):
     tiny.models["llama"]().save_pretrained(tmp_path / "full")
     with pytest.raises(CheckpointError, match="quantize"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "full", quantization_config=Config(layers={"lm_head": {}}))
-    assert Loader(Config(layers={"lm_head": {}}), pre_quantized=True).is_trainable
+        AutoModelForCausalLM.from_pretrained(tmp_path / "full", quantization_config=QatlasConfig(layers={"lm_head": {}}))
+    assert Loader(QatlasConfig(layers={"lm_head": {}}), pre_quantized=True).is_trainable
 
 
 def test_importing_qatlas_registers_and_imports_no_model():

@@ -1,7 +1,7 @@
 """Where models come from: the zoo, a directory, the Hub. `load(name)` gives the model and its tokenizer, ready for training.
 
     load("zoo:gpt")                                   small models of this package: gpt, vit, resnet
-    load("runs/out")                                  a packed qatlas directory (see pack.py), or any Hugging Face directory in full precision
+    load("runs/out")                                  a qatlas directory, packed or in training (pack.py, trainable.py), or any Hugging Face directory
     load("Qwen/Qwen3-0.6B")                           a model of the Hub, downloaded once
     load("google/vit-base-patch16-224", task="image")
 
@@ -49,7 +49,7 @@ def load(name: str | Path, task: str = "lm", **config: Any) -> tuple[nn.Module, 
     path = Path(text).expanduser()
     if _check(path):
         if config:
-            raise CheckpointError(f"{path} is packed: its configuration cannot be changed by {', '.join(config)}")
+            raise CheckpointError(f"{path} is quantized: its configuration cannot be changed by {', '.join(config)}")
         return pack.load_packed(path), _tokenizer(str(path), task)
     return _from(str(path), task, config, f"the directory {path}")
 

@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..core.error import CheckpointError, QuantError
-from ..core.noun import Noun
 from ..core.qtensor import QTensor
 from ..layers.packed import Packed
 from . import artefact, hub, inner
@@ -48,7 +47,7 @@ def pack(model: nn.Module) -> nn.Module:
     layers = artefact.packed(_quantized(model))
     artefact.put(model, layers)
     hub.untie(model, layers)
-    hub.adopt(model, hub.config_of(model, layers, _rules(model)))
+    hub.adopt(model, hub.config_of(model, layers, hub.rules_of(model)))
     return model.eval()
 
 
@@ -107,7 +106,7 @@ def save(model: nn.Module, path: Path | str, tokenizer: Any = None, rules: Any =
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not an empty directory; give another path, or remove it first")
     layers = artefact.packed(_quantized(model))
-    config = hub.config_of(model, layers, _rules(model) if rules is None else [_json(rule) for rule in rules])
+    config = hub.config_of(model, layers, hub.rules_of(model) if rules is None else [hub.plain(rule) for rule in rules])
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.part-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
@@ -149,7 +148,10 @@ def load_into(model: nn.Module, path: Path | str) -> nn.Module:
     Raises:
         CheckpointError: as `load_packed`; the model is then as it was.
     """
-    config = hub.Config.from_dict(read_config(path)["quantization_config"])
+    config = hub.QatlasConfig.from_dict(read_config(path)["quantization_config"])
+    if config.form != "packed":
+        raise CheckpointError(f"{path} holds a model in training (masters and scales); from_pretrained or qatlas.model.load.load builds it. "
+                              "load_into fills a model with packed layers: save(model, path) writes them")
     files = _files(path)
     layers = artefact.rebuild(model, config.layers)
     inside = inner.blank(model, config.signals)
@@ -188,7 +190,8 @@ def read_config(path: Path | str) -> dict[str, Any]:
     ours = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(ours, dict):
         raise CheckpointError(f"{path} holds a model in full precision (config.json has no quantization_config); use load(path)")
-    hub.Config.from_dict(ours)
+    if hub.QatlasConfig.from_dict(ours).form == "asked":
+        raise CheckpointError(f"{path} has rules and no layers: it would load without a single quantized tensor. Save it again")
     return config
 
 
@@ -206,16 +209,6 @@ def _quantized(model: nn.Module) -> nn.Module:
     if not artefact.holds(model):
         raise QuantError(f"this {type(model).__name__} has no quantized layer; quantize(model, rules) comes first")
     return model
-
-
-def _rules(model: nn.Module) -> list[Any]:
-    before = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    rules: Any = getattr(model, "qatlas_rules", None) or getattr(before, "rules", ())
-    return [_json(rule) for rule in rules]
-
-
-def _json(rule: Any) -> Any:
-    return rule.to_json() if isinstance(rule, Noun) else rule
 
 
 def _inside(name: str, layers: Any) -> bool:
@@ -236,7 +229,7 @@ def _config(model: Any) -> dict[str, Any]:
     return model.config.to_dict() if hasattr(model, "config") and hasattr(model.config, "to_dict") else {}
 
 
-def _save_config(model: Any, config: hub.Config, folder: Path) -> None:
+def _save_config(model: Any, config: hub.QatlasConfig, folder: Path) -> None:
     if not hasattr(model, "config") or not hasattr(model.config, "save_pretrained"):
         cls = f"{type(model).__module__}.{type(model).__qualname__}"
         text = json.dumps({"qatlas": {"class": cls}, "quantization_config": config.to_dict()}, indent=2)

@@ -125,11 +125,12 @@ def of_scheme(text: str) -> list[Rule]:
     return [*keep_full(Role.EMBEDDING, Role.HEAD, Role.CLASSIFIER), Rule("*", weight=parts.weight, input=parts.input)]
 
 
-def quantize(model: nn.Module, rules: str | Sequence[Rule], task: Any = None) -> nn.Module:
+def quantize(model: nn.Module, rules: str | Sequence[Rule], task: Any = None, target: str | None = None) -> nn.Module:
     """Replace the layers of `model` in place, as the rules say, and return it.
 
     task: brings the target (every weight's Quant is fitted to it, or refused), extra rules (they come first), and calibration data for transforms and
     static activations. Without a task, static activations wait for `calibrate`.
+    target: the target alone, where there is no task; a task's own comes first.
 
     Raises:
         RuleError: a rule that matches nothing, an unknown signal, a parameter under two Quants, a model that is quantized already.
@@ -146,8 +147,9 @@ def quantize(model: nn.Module, rules: str | Sequence[Rule], task: Any = None) ->
     plan, inside = _plan(model, rules)
     if "" in plan:
         raise RuleError(f"the model is itself one {type(model).__name__}, which has no place to be replaced in; wrap it: nn.Sequential(model)")
-    if getattr(task, "target", None):
-        plan = _fitted(model, plan, task.target)
+    target = getattr(task, "target", None) or target
+    if target:
+        plan = _fitted(model, plan, target)
     _check_tied(model, plan)
     thirsty = [name for name, slots in plan.items() if slots.transform is not None and slots.transform.needs_peak]
     peak = peaks(model, task.calibration(), thirsty) if thirsty and task is not None else {}

@@ -7,10 +7,11 @@ several processes copies the first rank's state before the first step.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.error import QuantError
 from ..core.grid import Uniform
@@ -33,6 +34,19 @@ def calibrate(model: nn.Module, task: Task, n: int = 8) -> int:
     Raises:
         QuantError: quantizers that were never called, by name.
     """
+    return _settle(model, lambda: task.calibration(n), lambda batch: task.logits(model, batch))
+
+
+def calibrate_on(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> int:
+    """The same where there is no task: on a few batches of the model's own arguments, as a Trainer's collator makes them.
+
+    Raises:
+        QuantError: quantizers that were never called, by name; no batch.
+    """
+    return _settle(model, lambda: list(batches), lambda batch: model(**batch))
+
+
+def _settle(model: nn.Module, batches: Callable[[], Sequence[Mapping[str, Any]]], forward: Callable[[Any], Any]) -> int:
     waiting = pending(model)
     if not waiting:
         return 0
@@ -40,12 +54,13 @@ def calibrate(model: nn.Module, task: Task, n: int = 8) -> int:
     for quantizer in waiting.values():
         quantizer.observe()
     try:
+        seen = batches()
         with judged(model):
-            for batch in task.calibration(n):
-                task.logits(model, {name: value.to(where) for name, value in batch.items()})
+            for batch in seen:
+                forward({name: value.to(where) if isinstance(value, Tensor) else value for name, value in batch.items()})
         unseen = [name for name, quantizer in waiting.items() if not quantizer.observed]
         if unseen:
-            raise QuantError(f"{len(unseen)} of {len(waiting)} quantizers saw no input on {n} calibration batches: {', '.join(unseen[:8])}"
+            raise QuantError(f"{len(unseen)} of {len(waiting)} quantizers saw no input on {len(seen)} calibration batches: {', '.join(unseen[:8])}"
                              f"{' ...' if unseen[8:] else ''}. They were never called; keep them in full precision, or give batches that reach them")
         for quantizer in waiting.values():
             quantizer.settle()

@@ -139,14 +139,14 @@ def groups(model: nn.Module, names: Mapping[nn.Parameter, str], lr: float, weigh
     rate = {"weights": lr, "norms": lr, "scales": lr if scale_lr is None else scale_lr}
     decay = {"weights": weight_decay, "norms": 0.0, "scales": 0.0}
     shares = [{"params": [p], "role": "scales", "lr": scale_share, "base_lr": scale_share, "weight_decay": 0.0, "relative": True,
-               "unit": _unit(model, names[p])} for p in (members.pop("scales") if scale_share is not None else ())]
+               "unit": unit(model, names[p])} for p in (members.pop("scales") if scale_share is not None else ())]
     return [
         {"params": found, "role": kind, "lr": rate[kind], "base_lr": rate[kind], "weight_decay": decay[kind]}
         for kind, found in members.items() if found
     ] + shares
 
 
-def _unit(model: nn.Module, name: str) -> torch.Tensor:
+def unit(model: nn.Module, name: str) -> torch.Tensor:
     """What a scale, zero or offset is measured in: an offset moves in steps, a zero in codes, which are 1."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
