@@ -3,8 +3,9 @@
 The class that the config names is built empty (without memory for weights), which is what a reader does: so a name that it does not know, a tensor
 that is missing and a layer that is no nn.Linear are refused here and not met there, and `ignore` lists every nn.Linear that is not quantized.
 
-Layers of one kind, group and symmetry are one config group. One group alone has the target "Linear", several have their layers' names. Tensors in full
-precision are stored in bf16 or fp16 where that holds every value, else in fp32. The directory appears whole or not at all, and never replaces another.
+Layers of one kind, group and symmetry are one config group. One group alone has the target "Linear", several have their layers' names. Tensors in
+full precision are stored in bf16 or fp16 where that holds every value, else in fp32. The directory appears whole or not at all, and never replaces
+another.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def write(checkpoint: Checkpoint, path: str | Path, target: str) -> Path:
     kinds = plan(checkpoint, target)
     if set(kinds.values()) <= {"full"}:
         raise FormatError(f"no layer is quantized, so there is nothing that {NAME} could say of this model")
-    tensors, stored = {}, {}
+    tensors: dict[str, Tensor] = {}
+    stored: dict[str, Stored] = {}
     for name, tensor in checkpoint.tensors.items():
         if isinstance(tensor, QTensor):
             layer = name.removesuffix(".weight")
@@ -114,7 +116,7 @@ def skeleton(config: dict[str, Any]) -> dict[str, nn.Module]:
     """
     import transformers
 
-    kind, names = config.get("model_type"), config.get("architectures") or []
+    kind, names = str(config.get("model_type")), config.get("architectures") or []
     cls = getattr(transformers, names[0], None) if names else None
     if cls is None or kind not in transformers.CONFIG_MAPPING:
         raise FormatError(f"{NAME} holds models that transformers can build, and knows no {names[0] if names else 'class'} of type {kind!r}")
@@ -140,7 +142,7 @@ def _config(checkpoint: Checkpoint, stored: dict[str, Stored], kinds: dict[str, 
     """config.json: the model's own, and what the groups are."""
     groups: dict[tuple[str, int | None, bool], list[str]] = {}
     for layer, kind in kinds.items():
-        groups.setdefault((kind, stored[layer].size, stored[layer].symmetric), []).append(layer)
+        groups.setdefault((kind, _size(layer, kinds, stored), stored[layer].symmetric), []).append(layer)
     linear = [name for name, module in skeleton(checkpoint.config).items() if isinstance(module, nn.Linear)]
     formats = sorted({KINDS[kind].format for kind in kinds.values()})
     said = {f"group_{i}": {"targets": ["Linear"] if len(groups) == 1 else layers, "format": KINDS[kind].format,
@@ -149,6 +151,13 @@ def _config(checkpoint: Checkpoint, stored: dict[str, Stored], kinds: dict[str, 
     return {**checkpoint.config, "quantization_config": {
         "quant_method": NAME, "format": formats[0] if len(formats) == 1 else "mixed-precision", "quantization_status": "compressed",
         "global_compression_ratio": None, "kv_cache_scheme": None, "ignore": [name for name in linear if name not in kinds], "config_groups": said}}
+
+
+def _size(layer: str, kinds: dict[str, str], stored: dict[str, Stored]) -> int | None:
+    """The group size of a layer, None for one step a channel. A layer as wide as the groups of others is of their group: it says the same."""
+    mine = stored[layer]
+    grouped = {other.size for name, other in stored.items() if kinds[name] == kinds[layer] and not other.whole and other.symmetric == mine.symmetric}
+    return None if mine.whole and mine.size not in grouped else mine.size
 
 
 def _plain(tensor: Tensor) -> Tensor:

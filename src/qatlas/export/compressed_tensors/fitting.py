@@ -13,6 +13,7 @@ Nothing is rounded and nothing is quantized again. `fit` changes the type of the
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ SCHEMES = {**{f"w{bits}a16": f"w{bits}-g128" for bits in (2, 3, 4, 8)}, "w4a8": 
 
 
 def fit(quant: Quant, target: str, shape: tuple[int, ...]) -> Quant:
-    """The Quant with its step in the type that the target stores: fp32 becomes bf16 in kinds without quantized inputs, which vLLM reads in its compute
-    type; FP4 takes its own. Grid, grain, kind of scale, estimator and refit are kept.
+    """The Quant with its step in the type that the target stores: of packed integers fp32 becomes bf16, since vLLM reads it in its compute type; FP4
+    takes its own. Grid, grain, kind of scale, estimator and refit are kept.
 
     Raises:
         FormatError: what the target cannot hold, with the reason and the targets that can.
@@ -43,13 +44,16 @@ def fit(quant: Quant, target: str, shape: tuple[int, ...]) -> Quant:
     >>> fit(weight(1.58), "w2a16", (64, 512)).scale.dtype
     'bfloat16'
     """
+    reason = ""
+    for name in _kinds(target):
+        moved = _moved(quant, name)
+        if (why := why_not(moved, name, shape)) is None:
+            return moved
+        reason += f"; {name}: {why}" if target == MIXED else f": {why}"
     able = [name for name in KINDS if why_not(_moved(quant, name), name, shape) is None]
-    reason = None if target == MIXED and able else why_not(quant if target == MIXED else _moved(quant, target), target, shape)
-    if reason is None:
-        return _moved(quant, able[0] if target == MIXED else target)
     others = ", ".join(f"{NAME}:{name}" for name in able) or "none"
     own = SCHEMES.get(target) or (KINDS[target].own if target in KINDS else "w4-g128")
-    raise FormatError(f"{NAME}:{target} cannot hold a tensor of shape {tuple(shape)} under {quant.grid}, {quant.grain}: {reason}.\n"
+    raise FormatError(f"{NAME}:{target} cannot hold a tensor of shape {tuple(shape)} under {quant.grid}, {quant.grain}{reason}.\n"
                       f"  targets that hold these numbers: {others}; nearest scheme for {NAME}:{target}: {own}")
 
 
@@ -128,6 +132,7 @@ def integers(grid: Grid, bits: int) -> tuple[int, int] | None:
     return None
 
 
+@lru_cache(maxsize=256)
 def sharing(grain: Grain, shape: tuple[int, ...]) -> int | None:
     """How many neighbours along the inputs share a step: all of them for one step a row or coarser; None where that is no one number.
 
@@ -210,7 +215,8 @@ def _step(tensor: Any, kind: Kind) -> str | None:
             return None if good else f"its steps must be E4M3 over one power of two, nested={NESTED!r}"
         if nested is not None:
             return "the steps are themselves quantized, and this kind holds plain ones"
-        return None if kind.own.scale.dtype in (dtype, "float32", "bfloat16") else f"the step is trained as {dtype}, not as a power of two; `fit` moves it"
+        power = kind.own.scale.dtype != POWER or dtype == POWER
+        return None if power else f"the step is trained as {dtype}, not as a power of two; `fit` moves it"
     if kind.own.scale.nested is not None:
         return _two_levels(tensor.scale)
     steps = tensor.steps
@@ -240,6 +246,8 @@ def _same(entry: Quant | None, own: Quant | None) -> bool:
     """Whether an input is quantized as the format does it; how gradients pass is not in the file."""
     if entry is None or own is None:
         return entry is own
+    if type(entry.scale) is not type(own.scale):
+        return False
     return entry.but(estimator=own.estimator, scale=entry.scale.but(gradient=own.scale.gradient)) == own
 
 

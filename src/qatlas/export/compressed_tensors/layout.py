@@ -29,10 +29,11 @@ from .kinds import Kind
 
 @dataclass
 class Stored:
-    """A layer's tensors, and what its group says of them: inputs that share a step (None: a channel), and whether there are no zeros."""
+    """A layer's tensors, and what its group says of them: how many inputs share a step, whether that is all of them, whether there are no zeros."""
 
     tensors: dict[str, Tensor]
-    size: int | None
+    size: int
+    whole: bool
     symmetric: bool
 
 
@@ -41,19 +42,20 @@ def store(tensor: QTensor, kind: Kind) -> Stored:
     shape = tuple(tensor.shape)
     size = sharing(tensor.grain, shape) or shape[1]
     size = kind.sizes if isinstance(kind.sizes, int) else size
-    group = None if size == shape[1] and not isinstance(kind.sizes, int) else size
+    whole = size == shape[1] and not isinstance(kind.sizes, int)
     if kind.type == "int":
         tensors, symmetric = _whole(tensor, kind, size)
-        return Stored(tensors, group, symmetric)
+        return Stored(tensors, size, whole, symmetric)
     if kind.bits == 8:
         scale = narrow(_each(tensor, tensor.steps, size), tensor.scale_dtype)
-        return Stored({"weight": tensor.codes.cpu().view(torch.float8_e4m3fn), "weight_scale": scale}, group, True)
+        return Stored({"weight": tensor.codes.cpu().view(torch.float8_e4m3fn), "weight_scale": scale}, size, whole, True)
     packed = {"weight_packed": pack_bits(tensor.codes.cpu(), 4)}
     if isinstance(tensor.scale, QTensor):
         inner = _each(tensor, tensor.scale.codes, size).view(torch.float8_e4m3fn)
-        return Stored(packed | {"weight_scale": inner, "weight_global_scale": 1 / tensor.scale.steps.reshape(1).float().cpu()}, group, True)
+        top = 1 / tensor.scale.steps.reshape(1).float().cpu()
+        return Stored(packed | {"weight_scale": inner, "weight_global_scale": top}, size, whole, True)
     exponent = torch.frexp(_each(tensor, tensor.steps, size)).exponent - 1
-    return Stored(packed | {"weight_scale": (exponent + 127).to(torch.uint8)}, group, True)
+    return Stored(packed | {"weight_scale": (exponent + 127).to(torch.uint8)}, size, whole, True)
 
 
 def words(codes: Tensor, bits: int) -> Tensor:

@@ -3,8 +3,8 @@
 Both give fp32 where they are asked for it: the package multiplies in the type of the step, so the step is handed over in fp32, as transformers does
 when it loads a model in fp32. FP4 the package answers in bf16, where the products are exact.
 
-transformers 5.23 with compressed-tensors 0.20 cannot load packed weights with zero points, nor FP4 in fp32, except with `dequantize=True`, and with that
-it takes the first config group for all layers. So a directory of several groups, one of them such, it cannot load; `model` then says so in a sentence.
+transformers 5.23 with compressed-tensors 0.20 loads packed weights with zero points, and FP4 in fp32, with `dequantize=True` alone, and with that it
+takes the first config group for all layers. A directory of several groups, one of them such, it cannot load; `model` then says so in a sentence.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,8 +46,8 @@ def read(path: str | Path) -> dict[str, Tensor]:
             parts.setdefault(layer, {})[part] = tensor
     out = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items() if name.rpartition(".")[0] not in parts}
     out |= {name: tensors[name].float() for layer in parts if (name := f"{layer}.bias") in tensors}
-    for layer, part in parts.items():
-        out[f"{layer}.weight"] = _decompressed(path, layer, part, groups)
+    for layer, mine in parts.items():
+        out[f"{layer}.weight"] = _decompressed(path, layer, mine, groups)
     return out
 
 
@@ -67,7 +68,8 @@ def model(path: str | Path) -> nn.Module | str:
         return (f"transformers loads {'FP4 and ' if any('fp4' in groups[n]['format'] for n in hard) else ''}packed weights with zero points with "
                 f"dequantize=True alone, and then reads every layer by the first of the {len(groups)} config groups")
     more = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if hard else {}
-    with _silent():
+    with _silent(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")                           # that a setting of ours overrides the file's
         try:
             cls = getattr(transformers, config["architectures"][0])
             made = cls.from_pretrained(Path(path), dtype=torch.float32, local_files_only=True, use_safetensors=True, **more).eval()
