@@ -162,6 +162,19 @@ def test_other_families(tmp_path):
     assert same(form.read(path), checkpoint(model).tensors) == [] and torch.equal(form.model(path)(ids).logits, model(ids).logits)
 
 
+def test_a_model_with_convolutions_and_buffers_keeps_them_in_full_precision(tmp_path):
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    model = ResNetForImageClassification(ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=3))
+    known = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    assert set(form.plan(Checkpoint(known, dict(model.named_parameters())), "w4a16").values()) == {"full"}
+    task = SimpleNamespace(extra_rules=(), target="compressed-tensors:w4a16")
+    with pytest.raises(FormatError, match="this layer is a Conv2d|only matrices"):
+        quantize(model, [Rule("*.convolution", weight=weight(4))], task)
+    made = checkpoint(pack(quantize(model, [Rule("classifier.1", weight=weight(4))], task)))
+    assert config(form.write(made, tmp_path / "out", "w4a16"))["ignore"] == []
+
+
 # ---- packing ---------------------------------------------------------------------------------------------------------------------------------------
 
 @there
@@ -200,8 +213,9 @@ def test_a_layer_is_what_its_tensors_say(grid, grain, scale, seed):
     assert torch.equal(BaseCompressor.get_value_from_registry(kind.format).decompress(parts, said)["weight"], tensor.dequantize())
 
 
-@pytest.mark.parametrize("grid, bits, found", [(Uniform(4), 4, (1, 0)), (Uniform(4), 3, None), (Uniform(4), 8, (1, 0)), (Uniform(3, False), 3, (1, 4)),
-                                               (Uniform(3, False), 4, (1, 0)), (Sign(), 2, (1, 0)), (Stretched(4), 3, (4, 0)), (Stretched(3), 8, None)])
+@pytest.mark.parametrize("grid, bits, found", [
+    (Uniform(4), 4, (1, 0)), (Uniform(4), 3, None), (Uniform(4), 8, (1, 0)), (Uniform(3, False), 3, (1, 4)), (Uniform(3, False), 4, (1, 0)),
+    (Sign(), 2, (1, 0)), (Stretched(4), 3, (4, 0)), (Stretched(3), 8, None)])
 def test_integers_of_a_grid(grid, bits, found):
     assert integers(grid, bits) == found
 

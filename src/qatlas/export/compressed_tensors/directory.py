@@ -126,11 +126,11 @@ def skeleton(config: dict[str, Any]) -> dict[str, nn.Module]:
 
 
 def _check_names(modules: dict[str, nn.Module], checkpoint: Checkpoint) -> None:
-    """Refuse tensors that are not those of the model: of those that are tied one is enough."""
+    """Refuse tensors that are not those of the model: of those that are tied one is enough, and before training buffers are not asked for."""
     ties = getattr(modules[""], "all_tied_weights_keys", None) or {}
     state, have = modules[""].state_dict(), set(checkpoint.tensors)
     twins = {a: {b for pair in ties.items() for b in pair if a in pair} for a in state}
-    missing = sorted(name for name in state if name not in have and not twins[name] & have)
+    missing = sorted(name for name, _ in modules[""].named_parameters() if name not in have and not twins[name] & have)
     extra = sorted(have - set(state))
     wrong = sorted(name for name in have & set(state) if tuple(checkpoint.tensors[name].shape) != tuple(state[name].shape))
     if missing or extra or wrong:
