@@ -224,7 +224,7 @@ def _step(tensor: Any, kind: Kind) -> str | None:
         exact = bool(((torch.frexp(steps).mantissa == 0.5) & (steps >= NORMAL)).all())
         return None if exact else "some steps are no powers of two; train with the target"
     k = (integers(tensor.grid, kind.bits) or (1, 0))[0] if kind.type == "int" else 1
-    return None if torch.equal(steps.float() / k * k, steps) else "some steps are too small, or too long, for fp32"
+    return None if torch.equal((steps.float() / k * k).to(steps.dtype), steps) else "some steps are too small, or too long, for fp32"
 
 
 def _two_levels(scale: Any) -> str | None:
