@@ -11,9 +11,11 @@ from small import write_llama
 
 from qatlas import keep
 from qatlas.core.error import DataError, FormatError, RuleError, RunError
+from qatlas.export import compressed_tensors
 from qatlas.job import generate, plan, run
 from qatlas.model.load import load
 from qatlas.model.rules import Rule
+from qatlas.model.verify import exports, verify
 from qatlas.prepare import Job, prepare, read_rules
 from qatlas.record import Record
 from qatlas.train.run import Run
@@ -121,6 +123,38 @@ def test_exports_of_one_run_stand_side_by_side(small, tmp_path):
     with pytest.raises(FormatError, match="no target"):
         keep.add_export(out, "gguf:q9_0")
     assert set(Record.read(out).sizes) == {"full precision", "packed", "gguf:tq2_0", "gguf:q4_0"}
+
+
+@pytest.mark.skipif(bool(compressed_tensors.lacks()), reason="needs compressed-tensors")
+def test_a_directory_is_an_export_as_well(small, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "out"
+    outcome = run("lsq", {**ARGUMENTS, "group": 32}, replace(small, target="compressed-tensors:w4a16", out=str(out)))
+    assert all(proof["passed"] for proof in outcome.record.proofs) and len(outcome.record.proofs) == 4
+    made = out / "exports/compressed-tensors-w4a16"
+    assert {path.name for path in made.iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json", "generation_config.json"}
+    assert outcome.record.sizes["compressed-tensors:w4a16"] == (made / "model.safetensors").stat().st_size
+    assert "exports/compressed-tensors-w4a16/config.json" in outcome.record.sums
+    ids = torch.arange(12).view(1, 12)
+    theirs = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
+    assert torch.equal(theirs(ids).logits, outcome.model(ids).logits)
+    assert keep.add_export(out, "compressed-tensors:mixed").is_dir() and set(exports(out)) == {f"compressed-tensors:{k}" for k in ("w4a16", "mixed")}
+    assert [proof.passed for proof in verify(out, sums=Record.read(out).sums)] == [True] * 6
+    with pytest.raises(FormatError, match="exists"):
+        keep.add_export(out, "compressed-tensors:w4a16")
+    with pytest.raises(FormatError, match="its input is in full precision"):
+        keep.add_export(out, "compressed-tensors:w4a8")
+
+
+@pytest.mark.skipif(bool(compressed_tensors.lacks()), reason="needs compressed-tensors")
+def test_inputs_are_trained_as_the_format_says(small, tmp_path):
+    target = "compressed-tensors:w8a8"
+    outcome = run("lsq", {"bits": 8, "input_bits": 8, "steps": 2}, replace(small, target=target, out=str(tmp_path / "out")))
+    assert [proof["passed"] for proof in outcome.record.proofs] == [True] * 4
+    assert outcome.model.model.layers[0].mlp.up_proj.input_quantizer.quant.scale.reach == 127.5
+    with pytest.raises(FormatError, match="its input is in full precision"):
+        plan("lsq", {"bits": 8}, replace(small, target=target))
 
 
 def test_what_a_killed_save_left_is_taken_away(small, tmp_path):

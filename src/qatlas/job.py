@@ -24,8 +24,9 @@ from torch import nn
 
 from . import papers
 from .core.error import DataError, RunError
+from .export import files
 from .export import target as find_target
-from .keep import export, folder, place
+from .keep import export, folder, place, size
 from .model.coverage import describe
 from .model.pack import pack
 from .model.verify import verify
@@ -122,8 +123,9 @@ def _keep(record: Record, model: nn.Module, tokenizer: Any, task: Task, job: Job
         with _timed(record, job.target):
             say(f"exporting to {job.target}")
             shutil.rmtree(folder(out, job.target), ignore_errors=True)      # of a run that was killed here; any other was refused at the start
-            written.append(export(out, job.target, model))
-            record.sizes[job.target] = written[-1].stat().st_size
+            artefact = export(out, job.target, model)
+            written += files(artefact)
+            record.sizes[job.target] = size(artefact)
     with _timed(record, "read back"):
         say("reading back")
         record.proofs = [vars(proof) for proof in verify(out, trained=model)]

@@ -1,7 +1,7 @@
 """What a run leaves in its directory besides record and report: the packed model, and the exports. Each file is there whole or not at all.
 
     out/model.safetensors, config.json, tokenizer.json ...      `place`
-    out/exports/<target>/model.<suffix>                         `export`, `add_export`
+    out/exports/<target>/                                       `export`, `add_export`: model.<suffix>, or a directory of the format
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from .export import files
+from .export import place as place_of
 from .export import target as find_target
 from .model.pack import checkpoint, load_packed, save
 from .record import Record
@@ -34,7 +36,9 @@ def place(model: nn.Module, out: Path, tokenizer: Any) -> list[Path]:
 
 def folder(directory: Path, target: str) -> Path:
     """Where an export lies."""
-    return directory / "exports" / target.replace(":", "-")
+    form, kind = find_target(target)
+    at = place_of(directory / "exports", f"{target.partition(':')[0]}:{kind}")
+    return at.parent if form.SUFFIX else at
 
 
 def export(directory: Path, target: str, model: nn.Module | None = None) -> Path:
@@ -47,7 +51,12 @@ def export(directory: Path, target: str, model: nn.Module | None = None) -> Path
     model = load_packed(directory) if model is None else model
     has_vocabulary = (directory / "tokenizer.json").is_file()
     data = checkpoint(model, directory if has_vocabulary else None, directory.resolve().name)
-    return form.write(data, folder(directory, f"{target.partition(':')[0]}:{kind}") / f"model.{form.SUFFIX}", kind)
+    return form.write(data, place_of(directory / "exports", target), kind)
+
+
+def size(artefact: Path) -> int:
+    """Bytes of an export's weights, with what lies in the same file: of a directory its safetensors files."""
+    return sum(file.stat().st_size for file in files(artefact) if artefact.is_file() or file.suffix == ".safetensors")
 
 
 def add_export(directory: Path, target: str) -> Path:
@@ -59,7 +68,7 @@ def add_export(directory: Path, target: str) -> Path:
     path = export(directory, target)
     if (directory / "record.json").is_file():
         record = Record.read(directory)
-        record.sizes[target] = path.stat().st_size
-        record.sums[path.relative_to(directory).as_posix()] = sha256(path)
+        record.sizes[target] = size(path)
+        record.sums |= {file.relative_to(directory).as_posix(): sha256(file) for file in files(path)}
         record.write(directory)
     return path

@@ -125,7 +125,7 @@ def _check_target(target: str, model: nn.Module, tokenizer: Any) -> None:
         tokenizer.save_pretrained(beside) if tokenizer is not None else None
         vocabulary = Path(beside) if (Path(beside) / "tokenizer.json").is_file() else None
         config: Any = getattr(model, "config", None)
-        known = config.to_dict() if config is not None else {}
+        known = config.to_dict() | {"architectures": [type(model).__name__]} if config is not None else {}
         form.plan(Checkpoint(known, {name: p.detach() for name, p in model.named_parameters()}, vocabulary), kind)
 
 

@@ -7,20 +7,31 @@ A format module has
     why_not      the reason alone, or None
     write        Checkpoint -> file; the trained codes are packed as they are, never quantized again
     read         file -> tensors under their Hugging Face names, through the format's public reader
+    SUFFIX       of its file; empty where the artefact is a directory, which `write` makes and `read` takes in the same way
 
-and is found by listing this folder: `target("gguf:q4_0")` is the module gguf and its target q4_0. There is no registry.
+and where they make sense
+
+    plan         what each tensor becomes, or FormatError: asked before training, with tensors in full precision
+    fit_input    as `fit`, of a layer's input, for a format that says how inputs are quantized; others leave inputs alone
+    lacks        the sentence for a missing package that `read` needs, or None
+    logits       file, prompts -> what transformers computes with the file's weights, inputs in full precision
+    model        artefact -> the transformers model that it loads as, inputs quantized, or a sentence on why not
+    engine       file, prompts -> what an engine says, or a sentence on why it was not asked
+
+It is found by listing this folder: `target("gguf:q4_0")` is the module gguf and its target q4_0. There is no registry.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from pathlib import Path
 from types import ModuleType
 
 from ..core.error import FormatError, unknown
 from .checkpoint import Checkpoint
 
-__all__ = ["Checkpoint", "formats", "target", "targets"]
+__all__ = ["Checkpoint", "files", "formats", "named", "place", "target", "targets"]
 
 
 def formats() -> list[str]:
@@ -60,3 +71,28 @@ def target(name: str) -> tuple[ModuleType, str]:
     if kind not in module.TARGETS:
         raise FormatError(unknown("target", name, [f"{form}:{known}" for known in module.TARGETS]))
     return module, kind
+
+
+def place(folder: Path, name: str) -> Path:
+    """The artefact of a target in the folder of a run's exports.
+
+    >>> place(Path("exports"), "gguf:q4_0").as_posix(), place(Path("exports"), "compressed-tensors:w4a16").as_posix()
+    ('exports/gguf-q4_0/model.gguf', 'exports/compressed-tensors-w4a16')
+    """
+    module, kind = target(name)
+    home = folder / f"{name.partition(':')[0]}-{kind}"
+    return home / f"model.{module.SUFFIX}" if module.SUFFIX else home
+
+
+def named(folder: str) -> str | None:
+    """The target whose artefacts lie in a folder of that name, or None.
+
+    >>> named("gguf-q4_0"), named("compressed-tensors-w4a16"), named("notes")
+    ('gguf:q4_0', 'compressed-tensors:w4a16', None)
+    """
+    return next((name for name in targets() if name.replace(":", "-", 1) == folder), None)
+
+
+def files(artefact: Path) -> list[Path]:
+    """The files of an artefact, itself or what the directory holds."""
+    return sorted(path for path in artefact.rglob("*") if path.is_file()) if artefact.is_dir() else [artefact]

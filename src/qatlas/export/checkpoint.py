@@ -6,21 +6,28 @@ tensors under their Hugging Face names, each a plain tensor or a QTensor, and wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..core.qtensor import QTensor
+from ..core.quantizer import Quant
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json",
+             "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "preprocessor_config.json", "processor_config.json")
 
 
 @dataclass
 class Checkpoint:
     """config: config.json as a dict. tensors: parameter name -> Tensor, or QTensor in (out, in) layout. tokenizer: a folder with tokenizer.json and,
-    if there is one, tokenizer_config.json; None leaves the vocabulary out. name: what the model is called in the file."""
+    if there is one, tokenizer_config.json; None leaves the vocabulary out. name: what the model is called in the file. inputs: layer -> the Quant of
+    its input. signals: addresses of what else is quantized (outputs of layers, signals inside attention); no file of weights holds them."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor | QTensor]
     tokenizer: Path | None = None
     name: str = "qatlas"
+    inputs: dict[str, Quant] = field(default_factory=dict)
+    signals: tuple[str, ...] = ()

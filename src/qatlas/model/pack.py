@@ -25,11 +25,9 @@ from torch import Tensor, nn
 
 from ..core.error import CheckpointError, QuantError
 from ..core.qtensor import QTensor
+from ..export.checkpoint import TOKENIZER, Checkpoint
 from ..layers.packed import Packed
 from . import artefact, hub, inner
-
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json",
-             "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "preprocessor_config.json", "processor_config.json")
 
 
 def pack(model: nn.Module) -> nn.Module:
@@ -51,7 +49,7 @@ def pack(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def checkpoint(model: nn.Module, tokenizer: Path | str | None = None, name: str = "qatlas") -> Any:
+def checkpoint(model: nn.Module, tokenizer: Path | str | None = None, name: str = "qatlas") -> Checkpoint:
     """The model as an `export.Checkpoint`: its config, parameter names -> QTensor ((out, in) layout, also for GPT-2's Conv1D) or Tensor.
 
     A tied head is left out, as in Hugging Face's own files. The model stays as it is, packed or not.
@@ -60,8 +58,6 @@ def checkpoint(model: nn.Module, tokenizer: Path | str | None = None, name: str 
         QuantError: a layer whose codes are not those of its weight alone: a transform that is not folded, an adapter that is not merged, a norm in
         front.
     """
-    from ..export.checkpoint import Checkpoint
-
     layers = artefact.packed(_quantized(model))
     inside = inner.expected(inner.installed(model))
     full = {n: t for n, t in artefact.tensors(model, {n: y for n, y in layers.items() if isinstance(y, Packed)}).items()
@@ -89,7 +85,9 @@ def checkpoint(model: nn.Module, tokenizer: Path | str | None = None, name: str 
     config = _config(model)
     config.pop("quantization_config", None)
     return Checkpoint(config, dict(sorted(tensors.items(), key=lambda item: order.get(item[0], len(order)))),
-                      None if tokenizer is None else Path(tokenizer), name)
+                      None if tokenizer is None else Path(tokenizer), name,
+                      {at: layer.input_quantizer.quant for at, layer in layers.items() if layer.input_quantizer is not None},
+                      (*(f"{at}:output" for at, layer in layers.items() if layer.output_quantizer is not None), *inner.installed(model)))
 
 
 def save(model: nn.Module, path: Path | str, tokenizer: Any = None, rules: Any = None) -> Path:
@@ -226,7 +224,8 @@ def _detached(q: QTensor) -> QTensor:
 
 
 def _config(model: Any) -> dict[str, Any]:
-    return model.config.to_dict() if hasattr(model, "config") and hasattr(model.config, "to_dict") else {}
+    found = model.config.to_dict() if hasattr(model, "config") and hasattr(model.config, "to_dict") else {}
+    return found | {"architectures": found.get("architectures") or [type(model).__name__]} if found else {}
 
 
 def _save_config(model: Any, config: hub.QatlasConfig, folder: Path) -> None:

@@ -149,7 +149,7 @@ def quantize(model: nn.Module, rules: str | Sequence[Rule], task: Any = None, ta
         raise RuleError(f"the model is itself one {type(model).__name__}, which has no place to be replaced in; wrap it: nn.Sequential(model)")
     target = getattr(task, "target", None) or target
     if target:
-        plan = _fitted(model, plan, target)
+        plan = _fitted(model, plan, target, inside)
     _check_tied(model, plan)
     thirsty = [name for name, slots in plan.items() if slots.transform is not None and slots.transform.needs_peak]
     peak = peaks(model, task.calibration(), thirsty) if thirsty and task is not None else {}
@@ -257,24 +257,29 @@ def _unused(model: nn.Module, rule: Rule, index: int, names: Iterable[str]) -> N
                     "  A rule that matches nothing would leave tensors in full precision unseen; take it out or mend the name.")
 
 
-def _fitted(model: nn.Module, plan: dict[str, Slots], target: str) -> dict[str, Slots]:
-    """The plan with every weight's Quant moved onto the target's grid, group and scale type."""
+def _fitted(model: nn.Module, plan: dict[str, Slots], target: str, inside: dict[str, dict[str, Quant]]) -> dict[str, Slots]:
+    """The plan with every weight's Quant moved onto the target's scale type, and its input's where the target says how inputs are quantized."""
     from ..export import target as find_target
 
     form, kind = find_target(target)
+    layers = reachable(model)
     out, refused = {}, {}
+    says_all = hasattr(form, "fit_input")
+    for address in (f"{name}:{signal}" for name, signals in inside.items() for signal in signals) if says_all else ():
+        refused[address] = FormatError(f"{target} has no place for a quantized signal inside attention; leave it out, or the target")
     for name, slots in plan.items():
         if slots.norm is not None:
             refused[name] = FormatError(f"{target} holds weights, and has no place for the norm that the rules put in front of this layer; leave "
                                         "out the norm, or the target")
             continue
-        if slots.weight is None:
-            out[name] = slots
-            continue
         weight: Any = model.get_submodule(name).weight
-        shape = tuple(weight.T.shape if reachable(model)[name] is QTransposed else weight.shape)
+        shape = tuple(weight.T.shape if layers[name] is QTransposed else weight.shape)
         try:
-            out[name] = slots.but(weight=fused.fit(slots.weight, shape, lambda quant, part: form.fit(quant, kind, part)))
+            if says_all and slots.output is not None:
+                raise FormatError(f"{target} has no place for a quantized output; leave it out, or the target")
+            moved = None if slots.weight is None else fused.fit(slots.weight, shape, lambda quant, part: form.fit(quant, kind, part))
+            entry = form.fit_input(slots.input, kind, moved, shape, layers[name].replaces.__name__) if says_all else slots.input
+            out[name] = slots.but(weight=moved, input=entry)
         except FormatError as error:
             refused[name] = error
     if refused:

@@ -5,6 +5,7 @@
                          and the same through the Auto class
     the format's reader  every weight of the exported file: the same values, bit for bit
     transformers         the exported file dequantized: the same logits as the trained model with its input quantizers off
+                         (a format that says how inputs are quantized: the model itself, loaded by transformers, with everything on)
     the engine           llama.cpp itself: close, not equal, since it rounds the inputs of every product in its own way (see export.gguf.llamacpp)
 
 All but the last are equalities: a single bit is a failure. The last one is stated as the largest difference of a log-probability among the ten most
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from ..core.error import CheckpointError, FormatError, QatlasError
 from ..core.qtensor import QTensor
+from ..export import named, place
 from ..export import target as find_target
 from ..layers import attention
 from ..layers.quantized import Layer
@@ -49,8 +51,9 @@ class Proof:
 
 def exports(directory: Path) -> dict[str, Path]:
     """Target -> file, for the exports that lie in a run's directory."""
-    found = sorted((directory / "exports").glob("*/model.*")) if (directory / "exports").is_dir() else []
-    return {path.parent.name.replace("-", ":", 1): path for path in found}
+    home = directory / "exports"
+    found = [name for path in sorted(home.iterdir()) if (name := named(path.name)) is not None] if home.is_dir() else []
+    return {name: path for name in found if (path := place(home, name)).exists()}
 
 
 def verify(directory: str | Path, target: str | None = None, prompts: Sequence[Sequence[int]] = (),
@@ -129,6 +132,8 @@ def _auto(model: nn.Module, directory: Path, asked: list[Tensor]) -> Proof:
 def _export(model: nn.Module, target: str, path: Path, asked: list[Tensor]) -> list[Proof]:
     """The proofs of one exported file; where one fails the later ones would say nothing new."""
     form, _ = find_target(target)
+    if hasattr(form, "lacks") and form.lacks():
+        return [Proof(f"{target} holds the trained weights", READER, None, form.lacks(), "")]
     try:
         first = _weights(model, target, form.read(path))
     except QatlasError as error:
@@ -141,9 +146,25 @@ def _export(model: nn.Module, target: str, path: Path, asked: list[Tensor]) -> l
         same = torch.equal(ours, theirs)
         proofs.append(Proof(f"{target} computes what the packed weights compute, inputs unquantized", "transformers, gguf_file", same,
                             f"logits of {len(ids)} prompts {'equal' if same else f'differ by up to {float((ours - theirs).abs().max()):.1e}'}"))
+    if first.passed and hasattr(form, "model"):
+        proofs.append(_loaded(model, target, path, form.model, asked))
     if first.passed and hasattr(form, "engine"):
         proofs.append(_engine(model, target, path, form.engine, asked))
     return proofs
+
+
+def _loaded(model: nn.Module, target: str, path: Path, load: Any, asked: list[Tensor]) -> Proof:
+    claim, reader = f"{target} computes what the packed model computes", "transformers from_pretrained"
+    try:
+        theirs = load(path)
+        if isinstance(theirs, str):
+            return Proof(claim, reader, None, theirs, "")
+        ours, answers = _answers(model, asked), _answers(theirs, asked)
+    except (QatlasError, RuntimeError) as error:
+        return Proof(claim, reader, False, str(error))
+    same = torch.equal(ours, answers)
+    off = "" if same else f" by up to {float((ours - answers).abs().max()):.1e}"
+    return Proof(claim, reader, same, f"logits of {len(asked)} prompts {'equal' if same else f'differ{off}'}")
 
 
 def _weights(model: nn.Module, target: str, found: dict[str, Tensor]) -> Proof:
