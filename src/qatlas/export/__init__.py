@@ -3,10 +3,12 @@
 A format module has
 
     TARGETS      name -> the Quant that it would choose itself, or None where it stores plain values
-    fit          a Quant moved onto the target, or FormatError with the reason and the nearest that can
+    fit          a Quant moved onto the target, or FormatError with the reason and the nearest that can; with body=False (embeddings, heads) onto
+                 another type of the format, where the target's own is not exact
     why_not      the reason alone, or None
     write        Checkpoint -> file; the trained codes are packed as they are, never quantized again
     read         file -> tensors under their Hugging Face names, through the format's public reader
+    types        file -> how many tensors of which type
 
 and is found by listing this folder: `target("gguf:q4_0")` is the module gguf and its target q4_0. There is no registry.
 """

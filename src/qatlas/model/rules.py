@@ -256,10 +256,12 @@ def _unused(model: nn.Module, rule: Rule, index: int, names: Iterable[str]) -> N
 
 
 def _fitted(model: nn.Module, plan: dict[str, Slots], target: str) -> dict[str, Slots]:
-    """The plan with every weight's Quant moved onto the target's grid, group and scale type."""
+    """The plan with every weight's Quant moved onto the target's scale type; that of embeddings and head onto another type of the format where the
+    target's own cannot hold them."""
     from ..export import target as find_target
 
     form, kind = find_target(target)
+    role = roles(model)
     out, refused = {}, {}
     for name, slots in plan.items():
         if slots.norm is not None:
@@ -272,7 +274,8 @@ def _fitted(model: nn.Module, plan: dict[str, Slots], target: str) -> dict[str, 
         weight: Any = model.get_submodule(name).weight
         shape = tuple(weight.T.shape if reachable(model)[name] is QTransposed else weight.shape)
         try:
-            out[name] = slots.but(weight=fused.fit(slots.weight, shape, lambda quant, part: form.fit(quant, kind, part)))
+            body = not role.get(name, set()) & {Role.EMBEDDING, Role.HEAD}
+            out[name] = slots.but(weight=fused.fit(slots.weight, shape, lambda quant, part, body=body: form.fit(quant, kind, part, body)))
         except FormatError as error:
             refused[name] = error
     if refused:
