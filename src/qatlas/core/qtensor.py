@@ -2,8 +2,8 @@
 
 It is what every exporter takes and every reader gives back, a plain dataclass and no tensor subclass. `codes` are unsigned and have the shape of the
 original tensor; `scale` has the shape of the grain's scales and may itself be a QTensor (two-level formats). A QTensor holds a `zero` in codes or an
-`offset` in values, never one converted into the other: s (v - z) and s v + m differ in the last bit for half of all weights. An offset may be a QTensor
-too, where a format stores it in two levels (Q4_K).
+`offset` in values, never one converted into the other: s (v - z) and s v + m differ in the last bit for half of all weights. An offset may be a
+QTensor too, where a format stores it in two levels (Q4_K).
 
 Packing is dense and LSB-first along the last axis: element i of a row lies at bit i * bits of that row, elements may straddle bytes, and each row is
 padded to a whole byte. This is the common denominator of compressed-tensors, GPTQ, MatMulNBits and ONNX; other formats permute it (export/).

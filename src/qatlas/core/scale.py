@@ -20,8 +20,8 @@ EfficientQAT, LR-QAT: round before clip).
 
 And each declares the *type* in which the artefact will store it. `cast` rounds the step to that type in the forward pass, masters stay fp32, so codes
 are always taken from the step that will be stored. Its floor is the smallest positive number of that type (1e-8 is 0 in fp16), its sign policy says
-what a step that training drove below zero means. A `nested` Quant makes the scales themselves quantized (Q4_K, NVFP4). An offset has a type of its own
-(Q4_1 stores it as fp16), or a Quant of its own: the formats that quantize it subtract a minimum, so `offset_nested` is a Quant for minus the offset.
+what a step that training drove below zero means. A `nested` Quant makes the scales themselves quantized (Q4_K, NVFP4). An offset has a type of its
+own (Q4_1 stores it as fp16), or a Quant of its own: formats that quantize it subtract a minimum, so `offset_nested` is a Quant for minus the offset.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Scale(Noun):
     offset_nested: Quant | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        for name, known in (("dtype", SMALLEST), ("offset_dtype", SMALLEST), ("sign", ("positive", "abs", "free")), ("gradient", ("none", "statistic", "clipped", "value")),
-                            ("over", ("scale", "tensor", "token"))):
+        for name, known in (("dtype", SMALLEST), ("offset_dtype", SMALLEST), ("sign", ("positive", "abs", "free")),
+                            ("gradient", ("none", "statistic", "clipped", "value")), ("over", ("scale", "tensor", "token"))):
             if getattr(self, name) not in known:
                 raise QuantError(f"{type(self).__name__}({name}={getattr(self, name)!r}): {name} is one of {', '.join(known)}")
 

@@ -1,8 +1,8 @@
 """Packed layers: codes as buffers, scales as parameters, no master. What is saved, loaded and served.
 
 `Store` holds one QTensor inside a module: packed codes (uint8 buffers), the scale (an fp32 Parameter, so that scales can be trained on a packed
-model) or, for two-level scales, another Store, and zero or offset (that too may be a Store). A packed layer dequantizes and multiplies: correct before fast. Its `to_meta`
-says in JSON all that its tensors do not, and `from_meta` builds the same layer empty, to be filled by load_state_dict.
+model) or, for two-level scales, another Store, and zero or offset, which may be a Store too. A packed layer dequantizes and multiplies: correct
+before fast. Its `to_meta` says in JSON all that its tensors do not, and `from_meta` builds the same layer empty, to be filled by load_state_dict.
 """
 
 from __future__ import annotations

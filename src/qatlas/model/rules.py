@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -275,7 +276,7 @@ def _fitted(model: nn.Module, plan: dict[str, Slots], target: str) -> dict[str, 
         shape = tuple(weight.T.shape if reachable(model)[name] is QTransposed else weight.shape)
         try:
             body = not role.get(name, set()) & {Role.EMBEDDING, Role.HEAD}
-            out[name] = slots.but(weight=fused.fit(slots.weight, shape, lambda quant, part, body=body: form.fit(quant, kind, part, body)))
+            out[name] = slots.but(weight=fused.fit(slots.weight, shape, partial(_move, form, kind, body)))
         except FormatError as error:
             refused[name] = error
     if refused:
@@ -283,6 +284,11 @@ def _fitted(model: nn.Module, plan: dict[str, Slots], target: str) -> dict[str, 
         also = f"\n  refused as well: {len(more)} more layers ({', '.join(more[:3])}{', ...' if more[3:] else ''})" if more else ""
         raise FormatError(f"{first}: {refused[first]}{also}") from None
     return out
+
+
+def _move(form: Any, kind: str, body: bool, quant: Quant, shape: tuple[int, ...]) -> Quant:
+    moved: Quant = form.fit(quant, kind, shape, body)
+    return moved
 
 
 def _check_tied(model: nn.Module, plan: dict[str, Slots]) -> None:

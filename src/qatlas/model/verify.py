@@ -152,7 +152,7 @@ def _weights(model: nn.Module, target: str, found: dict[str, Tensor], types: Map
     wrong = [name for name, t in values.items() if name not in found or not torch.equal(t, found[name])]
     count = sum(isinstance(t, QTensor) for t in ours.values())
     kinds = f", as {', '.join(f'{n} {kind}' for kind, n in types.items())}" if types else ""
-    result = f"{len(ours)} tensors ({count} quantized) equal bit for bit{kinds}" if not wrong else f"{len(wrong)} tensors differ, for instance {wrong[0]}"
+    result = f"{len(wrong)} tensors differ, for instance {wrong[0]}" if wrong else f"{len(ours)} tensors ({count} quantized) equal bit for bit{kinds}"
     return Proof(f"{target} holds the trained weights", READER, not wrong, result)
 
 

@@ -43,8 +43,7 @@ def rounded(model):
     return model
 
 
-@pytest.mark.parametrize("case", QUANTS)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("case, tied", [*((case, False) for case in QUANTS), ("q4_0", True), ("q4_k", True)])
 def test_readers_give_back_the_trained_weights(case, tied, tmp_path):
     target, quant = QUANTS[case]
     made = checkpoint(rounded(llama(tied)), quant)
@@ -55,7 +54,7 @@ def test_readers_give_back_the_trained_weights(case, tied, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("case", [case for case in QUANTS if QUANTS[case][1] is not None and "per" not in case and "groups" not in case])
+@pytest.mark.parametrize("case", [*(name for name, quant in TARGETS.items() if quant), "half steps in q4_0", "affine in f32", "ternary in f16"])
 def test_transformers_computes_the_same_logits(case, tmp_path, tokenizer_dir):
     from transformers import AutoModelForCausalLM
 

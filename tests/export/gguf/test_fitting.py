@@ -17,15 +17,15 @@ from qatlas.export.gguf.file import packed
 from qatlas.export.gguf.layout import LAYOUTS
 
 SHAPE = (16, 512)
-GRIDS = [Uniform(2), Uniform(3), Uniform(4), Uniform(4, narrow=True), Uniform(3, False), Uniform(8), Ternary(), Ternary(0.7), Sign(), HalfStep(2),
-         HalfStep(3), Stretched(4), Float(2, 1)]
-IMAGES = {"q4_0": [Ternary(), Uniform(2), Uniform(3), Uniform(4), Sign(), HalfStep(3)], "q8_0": [Ternary(), *map(Uniform, range(1, 9)), Float(2, 1)],
-          "tq2_0": [Ternary(), Sign()], "tq1_0": [Ternary(0.7), Sign()], "q5_0": [Uniform(5), HalfStep(4)], "q4_1": [Uniform(4), Ternary(), HalfStep(2)],
-          "q5_1": [Uniform(5), HalfStep(4)], "q2_k": [HalfStep(2), Uniform(2), Ternary(), Sign(), Stretched(4)], "q3_k": [Uniform(3), HalfStep(2)],
-          "q4_k": [Uniform(4), HalfStep(4), Ternary()], "q5_k": [Uniform(5), HalfStep(5)], "q6_k": [Uniform(6), HalfStep(5), Float(2, 1)],
-          "mxfp4": [Float(2, 1), Ternary(), HalfStep(2), Uniform(2), Stretched(4)]}
-GRAINS = [PerTensor(), Group(16), Group(32), Group(256), Block(4, 64)]
-FINE = [Group(16), Group(32), Block(4, 64)]
+GRIDS = [Uniform(2), Uniform(4), Uniform(4, narrow=True), Uniform(3, False), Uniform(8), Ternary(0.7), HalfStep(2), Stretched(4), Float(2, 1)]
+IMAGES = {
+    "q4_0": [Ternary(), Uniform(2), Uniform(3), Uniform(4), Sign(), HalfStep(3)], "q8_0": [Ternary(), *map(Uniform, range(1, 9)), Float(2, 1)],
+    "tq2_0": [Ternary(), Sign()], "tq1_0": [Ternary(0.7), Sign()], "q5_0": [Uniform(5), HalfStep(4)], "q4_1": [Uniform(4), Ternary(), HalfStep(2)],
+    "q5_1": [Uniform(5), HalfStep(4)], "q2_k": [HalfStep(2), Uniform(2), Ternary(), Sign(), Stretched(4)], "q3_k": [Uniform(3), HalfStep(2)],
+    "q4_k": [Uniform(4), HalfStep(4), Ternary()], "q5_k": [Uniform(5), HalfStep(5)], "q6_k": [Uniform(6), HalfStep(5), Float(2, 1)],
+    "mxfp4": [Float(2, 1), Ternary(), HalfStep(2), Uniform(2), Stretched(4)]}
+GRAINS = [PerTensor(), Group(16), Group(256), Block(4, 64)]
+FINE = [Group(16), Block(4, 64)]
 
 
 def same(rows, layout, tensor):
@@ -109,7 +109,8 @@ def test_a_negative_step_travels():
 def test_outside_of_the_blocks_another_type_may_serve():
     eight = Quant(Uniform(8), Group(32), AbsMax())
     assert fit(eight, "tq2_0", SHAPE, body=False) == fit(eight, "q8_0", SHAPE)
-    assert fit(weight(4, Group(32)), "tq1_0", SHAPE, body=False) == fit(weight(4, Group(32)), "q4_0", SHAPE)    # not MXFP4, whose steps are powers of two
+    four = weight(4, Group(32))
+    assert fit(four, "tq1_0", SHAPE, body=False) == fit(four, "q4_0", SHAPE)      # not MXFP4, whose steps are powers of two
     assert fit(weight(1.58), "q8_0", SHAPE, body=False) == fit(weight(1.58), "q8_0", SHAPE)      # the target, where it holds it
     odd = Quant(Uniform(8), Group(24), AbsMax())
     assert fit(odd, "q8_0", (4, 48), body=False) == odd            # in full

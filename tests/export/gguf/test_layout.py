@@ -30,7 +30,8 @@ def drawn(layout, rows, blocks, seed):
     for name, width in widths.items():
         part = torch.randint(0, 256, (rows, blocks, width), generator=made, dtype=torch.uint8)
         if name in "dm":
-            part = (torch.randn(rows, blocks, 1, generator=made) * 10.0 ** -torch.randint(0, 8, (rows, blocks, 1), generator=made)).half().view(torch.uint8)
+            sizes = 10.0 ** -torch.randint(0, 8, (rows, blocks, 1), generator=made)
+            part = (torch.randn(rows, blocks, 1, generator=made) * sizes).half().view(torch.uint8)
             part = part[..., :1] % 255 if layout.dtype != "float16" else part
         if name == "q" and len(layout.grid.values()) < 2**layout.grid.bits:
             codes = layout.grid.encode(layout.grid.values())

@@ -12,7 +12,8 @@ q2_k, q3_k, q4_k, q5_k, q6_k; mxfp4.
     readers.py             what others read in a file
 
 The weights that a reader gives back are `QTensor.dequantize()`, bit for bit. What llama.cpp then computes with them is close but not equal: it also
-quantizes the activations, to 8 bits in groups of 32 (Q4_0, Q8_0 ...) or 256 (TQ and K types); GGUF cannot say otherwise. docs/ and the tests state how close.
+quantizes the activations, to 8 bits in groups of 32 (Q4_0, Q8_0 ...) or 256 (TQ and K types); GGUF cannot say otherwise. docs/ and the tests state
+how close.
 """
 
 from .file import plan, read, types, write

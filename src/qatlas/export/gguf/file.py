@@ -184,12 +184,13 @@ def _kind(name: str, tensor: Any, target: str, body: bool) -> str:
             raise FormatError(f"{name} holds values that {named} would round; write gguf:f32, or round the model first "
                               f"(model.to(torch.{PLAIN[target]}))")
         return (able[0] if able else "f32").upper()
-    reason = held(tensor, target, tuple(tensor.dequantize().shape))
+    shape = tuple(tensor.dequantize().shape)
+    reason = held(tensor, target, shape)
     if not isinstance(reason, str):
         return target.upper()
     if body:
         raise FormatError(f"gguf:{target} cannot hold {name}, shape {tuple(tensor.shape)}: {reason}")
-    return next((other for other in (*LAYOUTS, "f16", "bf16") if not isinstance(held(tensor, other, tuple(tensor.dequantize().shape)), str)), "f32").upper()
+    return next((other for other in (*LAYOUTS, "f16", "bf16") if not isinstance(held(tensor, other, shape), str)), "f32").upper()
 
 
 def _bytes(name: str, tensor: Any, kind: str, config: dict[str, Any]) -> tuple[np.ndarray, Any]:

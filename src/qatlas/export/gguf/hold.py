@@ -2,14 +2,15 @@
 
 Four things may differ between how a tensor was trained and how a block says it. Each is bridged where that is exact, and only there:
 
-1. The grid. Its values v need not be the block's integers: with a power of two k and a shift H for which all q = k (v + H) are, s v = (s / k) q - s H.
-   So the grids -1.5 -0.5 0.5 1.5 and E2M1 go into Q4_0 and Q8_0 (H = 0, k = 2), and where a block has an offset, -s H goes there: signed integers into
-   Q4_1, half-integers into Q2_K (d = s, dmin = s / 2, mn = 3; or with two-level steps dmin = 1.5 d, mn = sc).
+1. The grid. Its values v need not be the block's integers: with a power of two k and a shift H for which all q = k (v + H) are,
+   s v = (s / k) q - s H. So the grids -1.5 -0.5 0.5 1.5 and E2M1 go into Q4_0 and Q8_0 (H = 0, k = 2). Where a block has an offset, -s H goes there:
+   signed integers into Q4_1, half-integers into Q2_K (d = s, dmin = s / 2, mn = 3; with two-level steps dmin = 1.5 d, mn = sc).
 2. The zero. An integer z is folded into the integer, q = k (v - z + H), where the block has the room (4 bits with a zero into Q5_0), or becomes the
    offset s z, where that fits (Q4_K with one step a block: mn = z).
-3. The grain. A coarser one only repeats its step, which costs nothing that the format does not take anyway. A finer one, or one that straddles, does not.
-4. The step. d must be a number of its type: a step that would be rounded here was not the one that was trained with. A two-level step (`Scale.nested`)
-   gives d and sc as they are; one step for a whole block is d with sc = 1.
+3. The grain. A coarser one only repeats its step, which costs nothing that the format does not take anyway. A finer one, or one that straddles, does
+   not fit.
+4. The step. d must be a number of its type: a step that would be rounded here was not the one that was trained with. A two-level step
+   (`Scale.nested`) gives d and sc as they are; one step for a whole block is d with sc = 1.
 
 An offset m in values is the block's offset if its type holds it (`Scale.offset_dtype`, `offset_nested`) and H = 0.
 
@@ -171,7 +172,8 @@ def _minimum(tensor: QTensor, layout: Layout, d: Tensor, sc: Tensor, shift: floa
     if tensor.offset is not None:
         found = levels(tensor.offset, tensor.grain, tuple(tensor.shape), layout)
         if found is None or not bool(torch.isin(found[1], known).all()):
-            return f"the offsets are not the integers of {layout.type}, {ends(layout.steps)}, times one number a block; write Scale(offset_nested=...)"
+            return (f"the offsets are not the integers of {layout.type}, {ends(layout.steps)}, times one number a block; "
+                    "write Scale(offset_nested=...)")
         return _not_of(found[0], "float16", "offsets") or (-found[0], found[1])
     amount = sc * shift if zero is None else sc * (zero.unflatten(-1, (-1, layout.subs)) + shift)
     for unit in (*((shift,) if shift and zero is None else ()), *UNITS):

@@ -17,8 +17,9 @@ A row of K weights is K / size blocks. A block is a QTensor of a fixed form, and
     Q4_K      256    144  (d sc) q - (dmin mn)          Uniform(4, 0)   d, dmin, 8 sc mn, q
     Q5_K      256    176  (d sc) q - (dmin mn)          Uniform(5, 0)   d, dmin, 8 sc mn, q
 
-d, m and dmin are fp16 and signed (MXFP4: E8M0, the exponent alone); sc and mn are small integers, one for each of the sub-blocks: the scale is a QTensor
-itself, and so is the offset, whose steps are -dmin. All products are exact in fp32 (11 bits times 6 or 7 times at most 6), so only the sum is rounded.
+d, m and dmin are fp16 and signed (MXFP4: E8M0, the exponent alone); sc and mn are small integers, one for each of the sub-blocks: the scale is a
+QTensor itself, and so is the offset, whose steps are -dmin. All products are exact in fp32 (11 bits times 7 times 6 at most), so only the sum is
+rounded.
 
 Source: ggml-common.h and ggml-quants.c of llama.cpp; held against bytes made by the gguf package 0.19.0 (tests/golden/gguf.npz), and random ones.
 Otherwise than gguf.quantize, which chooses d from the weights (Q4_0: the value of largest magnitude over -8): a trained step is not that number, so
