@@ -41,7 +41,7 @@ ADAPTERS = [spec.but(place=place) if hasattr(spec, "place") else spec
             for spec in every(AdapterSpec) for place in (("inside", "shift", "after", "beside") if hasattr(spec, "place") else ("",))]
 HELD = {(1.58, "tq2_0"), (1.58, "q4_0"), (2, "q4_0"), (3, "q4_0"), (4, "q4_0"), (2, "q8_0"), (4, "q8_0"), (8, "q8_0"), (1, "f32"), (8, "f32"),
         (1.58, "tq1_0"), (2, "q2_k"), (1.58, "q2_k"), (3, "q3_k"), (4, "q4_1"), (4, "q5_0"), (4, "q5_1"), (4, "q4_k"), (4, "q5_k"), (4, "q6_k"),
-        (2, "mxfp4"), (1, "bf16")}
+        (2, "mxfp4")}
 TARGETS = [(form, name) for form in export.formats() for name in export.target(f"{form}:q4_0" if form == "gguf" else form)[0].TARGETS]
 
 
