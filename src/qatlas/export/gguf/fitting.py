@@ -54,8 +54,8 @@ TARGETS: dict[str, Quant | None] = {
     "mxfp4": Quant(Float(2, 1), Group(32), AbsMax(dtype="float8_e8m0fnu")),
 }
 SCHEMES = {"f32": "no quantization", "f16": "w1 or w1.58", "bf16": "w1 or w1.58", "q8_0": "w8-g32", "q4_0": "w4-g32", "q4_1": "w4-g32",
-           "q5_0": "w5-g32", "q5_1": "w5-g32", "tq1_0": "w1.58-g256", "tq2_0": "w1.58-g256", "q2_k": "w2-g16", "q3_k": "w3-g16", "q4_k": "w4-g32", "q5_k": "w5-g32",
-           "q6_k": "w6-g16", "mxfp4": "w3-g32"}
+           "q5_0": "w5-g32", "q5_1": "w5-g32", "tq1_0": "w1.58-g256", "tq2_0": "w1.58-g256", "q2_k": "w2-g16", "q3_k": "w3-g16", "q4_k": "w4-g32",
+           "q5_k": "w5-g32", "q6_k": "w6-g16", "mxfp4": "w3-g32"}
 
 
 def fit(quant: Quant, target: str, shape: tuple[int, ...], body: bool = True) -> Quant:
