@@ -41,7 +41,9 @@ WORDS = "the cat sat on a mat and the dog ran to the red barn while it rained on
 ADAPTERS = [spec.but(place=place) if hasattr(spec, "place") else spec
             for spec in every(AdapterSpec) for place in (("inside", "shift", "after", "beside") if hasattr(spec, "place") else ("",))]
 HELD = {(1.58, "tq2_0"), (1.58, "q4_0"), (2, "q4_0"), (3, "q4_0"), (4, "q4_0"), (2, "q8_0"), (4, "q8_0"), (8, "q8_0"), (1, "f32"), (8, "f32"),
-        *((bits, f"w{bits}a16") for bits in (2, 3, 4, 8)), (1, "w2a16"), (1.58, "w2a16"), *((bits, "mixed") for bits in (1, 1.58, 2, 3, 4, 8))}
+        *((bits, f"w{bits}a16") for bits in (2, 3, 4, 8)), (1, "w2a16"), (1.58, "w2a16"), *((bits, "mixed") for bits in (1, 1.58, 2, 3, 4, 8)),
+        (1.58, "tq1_0"), (2, "q2_k"), (1.58, "q2_k"), (3, "q3_k"), (4, "q4_1"), (4, "q5_0"), (4, "q5_1"), (4, "q4_k"), (4, "q5_k"), (4, "q6_k"),
+        (2, "mxfp4")}
 TARGETS = [tuple(name.split(":")) for name in export.targets()]
 
 

@@ -58,7 +58,7 @@ def spoilt(llama_dir, tmp_path):
     (["lsq", "--bits", "four"], ["bits", "four"]),
     (["lsq", "--seed", "1.5"], ["seed", "1.5"]),
     (["lsq", "--plan", "perhaps"], ["plan", "perhaps"]),
-    (["lsq", "--target", "gguf:q4_1"], ["no target 'gguf:q4_1'", "gguf:q4_0"]),
+    (["lsq", "--target", "gguf:q4_2"], ["no target 'gguf:q4_2'", "gguf:q4_0"]),
     (["lsq", "--target", "gguff:q4_0"], ["gguff", "nearest: gguf"]),
     (["lsq", "--task", "lmm"], ["no task 'lmm'", "lm"]),
     (["lsq", "--precision", "fp16"], ["fp16", "bf16"]),

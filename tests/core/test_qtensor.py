@@ -55,6 +55,9 @@ QUANTS = [
     Quant(Ternary(), PerTensor(), AbsMean()),
     Quant(Sign(), scale=AbsMean(), refit=True), Quant(HalfStep(2)), Quant(Stretched(3)), Quant(Uniform(4), Group(8), AbsMax(dtype="float16")),
     Quant(Uniform(4), Group(4), AbsMax(dtype="float8_e4m3fn")), Quant(Uniform(4), Group(4), AbsMax(dtype="float8_e8m0fnu")),
+    Quant(Uniform(4, False), Group(4), MinMax("offset", dtype="float16", offset_dtype="float16")),
+    Quant(Uniform(4, False), Group(4), MinMax("offset", nested=Quant(Uniform(6, False), Group(2), AbsMax(dtype="float16")),
+                                              offset_nested=Quant(Uniform(6, False), Group(2), AbsMax(dtype="float16")))),
     Quant(Uniform(4), Group(4), AbsMax(nested=Quant(Uniform(6, False), Group(2), AbsMax(dtype="float16")))),
 ]
 

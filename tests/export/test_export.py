@@ -9,7 +9,7 @@ def test_target_is_found_by_listing():
     assert kind == "tq2_0" and module.__name__ == "qatlas.export.gguf" and "checkpoint" not in formats()
 
 
-@pytest.mark.parametrize("name, near", [("gguf:q4_1", "gguf:q4_0"), ("ggml:q4_0", "gguf"), ("gguf", "gguf:f32"), ("checkpoint:x", "gguf")])
+@pytest.mark.parametrize("name, near", [("gguf:q4_2", "gguf:q4_0"), ("ggml:q4_0", "gguf"), ("gguf", "gguf:f32"), ("checkpoint:x", "gguf")])
 def test_unknown_target_names_the_nearest(name, near):
     with pytest.raises(FormatError, match=near):
         target(name)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from golden_cases import Answer, Case
 
-from qatlas.core.grain import Group
-from qatlas.core.grid import Uniform
-from qatlas.core.qtensor import QTensor
-from qatlas.export.gguf.layout import LAYOUTS
+from qatlas.export.gguf.layout import LAYOUTS, from_bytes, to_bytes
 
 
 def gguf(c: Case) -> Answer:
-    layout = {layout.type: layout for layout in LAYOUTS.values()}.get(c.p.get("type", ""))
+    kind = c.p.get("type", "")
+    if kind == "BF16":
+        values = from_bytes(c.a["bytes"].unflatten(-1, (-1, 2)), "bfloat16")
+        return {"bytes": to_bytes(values, "bfloat16").flatten(-2), "deq": values}
+    layout = {layout.type: layout for layout in LAYOUTS.values()}.get(kind)
     if layout is None:
         return None
-    q, d = layout.unpack(c.a["bytes"])
-    stored = QTensor(Uniform(8).encode(q.float()), d, None, None, Uniform(8), Group(layout.size))
-    return {"bytes": layout.pack(q, d), "deq": stored.dequantize()}
+    own = layout.unpack(c.a["bytes"])
+    return {"bytes": layout.pack(own), "deq": own.dequantize()}

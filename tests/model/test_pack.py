@@ -13,7 +13,7 @@ from qatlas.core.grain import PerChannel, PerTensor
 from qatlas.core.grid import Uniform
 from qatlas.core.qtensor import QTensor
 from qatlas.core.quantizer import Quant
-from qatlas.core.scale import AbsMax, Learned
+from qatlas.core.scale import AbsMax, Learned, MinMax
 from qatlas.core.scheme import scheme, weight
 from qatlas.core.transform import Hadamard, Smooth
 from qatlas.layers.adapter import Lora
@@ -30,7 +30,7 @@ def qtensors(model):
 
 def equal(a: QTensor, b: QTensor) -> bool:
     return (torch.equal(a.codes, b.codes) and torch.equal(a.steps, b.steps) and (a.grid, a.grain, a.scale_dtype) == (b.grid, b.grain, b.scale_dtype)
-            and all((x is None and y is None) or torch.equal(x, y) for x, y in ((a.zero, b.zero), (a.offset, b.offset))))
+            and all((x is None and y is None) or torch.equal(x, y) for x, y in ((a.zero, b.zero), (a.offsets, b.offsets))))
 
 
 def back(path, name, tiny):
@@ -101,10 +101,12 @@ def slots(kind, tiny):
             "inside": tiny.Slots(weight=w4, adapter=Lora(4)), "beside": tiny.Slots(weight=w4, adapter=Lora(4, place="beside")),
             "after": tiny.Slots(weight=w4, adapter=Lora(4, place="after")), "static": tiny.Slots(weight=w4, input=static),
             "input": tiny.Slots(input=static), "fp8": tiny.Slots(weight=w4.but(scale=AbsMax(dtype="float8_e8m0fnu"))),
-            "nested": tiny.Slots(weight=group.but(scale=AbsMax(nested=a8)))}[kind]
+            "nested": tiny.Slots(weight=group.but(scale=AbsMax(nested=a8))),
+            "nested offset": tiny.Slots(weight=group.but(scale=Learned(MinMax("offset"), nested=a8, offset_nested=a8)))}[kind]
 
 
-@pytest.mark.parametrize("kind", ["group", "learned", "hadamard", "smooth", "inside", "beside", "after", "static", "input", "fp8", "nested"])
+@pytest.mark.parametrize("kind", ["group", "learned", "hadamard", "smooth", "inside", "beside", "after", "static", "input", "fp8", "nested",
+                                  "nested offset"])
 def test_everything_a_layer_can_have_survives(kind, tiny, tmp_path):
     torch.manual_seed(0)
     model = tiny.models["llama"]().eval()

@@ -1,6 +1,7 @@
 """Rules reach what they name and nothing else, and say so when they cannot."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,13 +19,16 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from qatlas.core.error import QuantError, RuleError
+from qatlas.core.error import FormatError, QuantError, RuleError
+from qatlas.core.grain import Group
 from qatlas.core.noun import from_json
 from qatlas.core.scheme import scheme, weight
 from qatlas.core.transform import Chain, Hadamard, Permute, Smooth
+from qatlas.export.gguf import plan, why_not
 from qatlas.layers.adapter import Lora
 from qatlas.layers.linear import QLinear, QTransposed
 from qatlas.model.coverage import describe
+from qatlas.model.pack import checkpoint
 from qatlas.model.roles import Role, roles
 from qatlas.model.rules import Rule, keep_full, quantize, quantized, untie
 
@@ -229,3 +233,18 @@ def test_tied_weights_share_a_quantizer_only_where_it_sees_one_tensor():
     """A scale that was measured on the plain table does not serve the rotated one."""
     with pytest.raises(RuleError, match="share one weight"):
         quantize(llama(tie_word_embeddings=True), [Rule("lm_head", transform=Hadamard(seed=1)), Rule("*", weight=weight(4))])
+
+
+def test_a_target_names_the_type_of_the_body_and_embeddings_take_what_holds_them():
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
+                                         num_key_value_heads=2))
+    rules = [Rule("@embedding", weight=weight(8, Group(32))), Rule("@head", weight=weight(4, Group(32))), Rule("*", weight=weight(1.58))]
+    quantize(model, rules, SimpleNamespace(extra_rules=(), target="gguf:tq2_0", probe=dict))
+    held = {"tq2_0": ["model.layers.0.mlp.up_proj"], "q8_0": ["model.embed_tokens"], "q4_0": ["lm_head"]}
+    for kind, names in held.items():
+        for name in names:
+            assert why_not(model.get_submodule(name).weight_quantizer.quant, kind, (64, 256)) is None
+    said = plan(checkpoint(model), "tq2_0")
+    assert (said["token_embd.weight"], said["output.weight"], said["blk.0.ffn_up.weight"]) == ("Q8_0", "Q4_0", "TQ2_0")
+    with pytest.raises(FormatError, match=r"(?s)model\.layers\.0\..*q8_0"):
+        quantize(LlamaForCausalLM(model.config), [Rule("*", weight=weight(8))], SimpleNamespace(extra_rules=(), target="gguf:tq2_0", probe=dict))

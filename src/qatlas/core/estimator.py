@@ -114,11 +114,12 @@ def bounded(x: Tensor, clip: float | None) -> Tensor:
 
 
 def settle(place: Place, quant: Quant) -> Place:
-    """The place as it will be stored: the step cast, an integer zero rounded and kept on the grid."""
+    """The place as it will be stored: the step cast, an integer zero rounded and kept on the grid, an offset cast."""
     zero = place.zero
     if zero is not None:
         zero = zero.round().clamp(quant.grid.low, quant.grid.high)
-    return Place(quant.scale.cast(place.s) if not quant.refit else place.s.clamp(min=quant.scale.smallest), zero, place.offset)
+    offset = None if place.offset is None else quant.scale.cast_offset(place.offset)
+    return Place(quant.scale.cast(place.s) if not quant.refit else place.s.clamp(min=quant.scale.smallest), zero, offset)
 
 
 def refit(x: Tensor, v: Tensor, place: Place) -> Tensor:

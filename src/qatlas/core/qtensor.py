@@ -2,7 +2,8 @@
 
 It is what every exporter takes and every reader gives back, a plain dataclass and no tensor subclass. `codes` are unsigned and have the shape of the
 original tensor; `scale` has the shape of the grain's scales and may itself be a QTensor (two-level formats). A QTensor holds a `zero` in codes or an
-`offset` in values, never one converted into the other: s (v - z) and s v + m differ in the last bit for half of all weights.
+`offset` in values, never one converted into the other: s (v - z) and s v + m differ in the last bit for half of all weights. An offset may be a
+QTensor too, where a format stores it in two levels (Q4_K).
 
 Packing is dense and LSB-first along the last axis: element i of a row lies at bit i * bits of that row, elements may straddle bytes, and each row is
 padded to a whole byte. This is the common denominator of compressed-tensors, GPTQ, MatMulNBits and ONNX; other formats permute it (export/).
@@ -27,12 +28,13 @@ from .scale import Place, decode
 
 @dataclass
 class QTensor:
-    """codes uint8 (any shape); scale (the grain's shape), Tensor or QTensor; zero (grid values) or offset (values), shaped as the scale."""
+    """codes uint8 (any shape); scale (the grain's shape), Tensor or QTensor; zero (grid values) or offset (values, Tensor or QTensor), shaped as the
+    scale."""
 
     codes: Tensor
     scale: Tensor | QTensor
     zero: Tensor | None
-    offset: Tensor | None
+    offset: Tensor | QTensor | None
     grid: Grid
     grain: Grain
     scale_dtype: str = "float32"
@@ -57,6 +59,11 @@ class QTensor:
         s = self.scale.dequantize() if isinstance(self.scale, QTensor) else self.scale
         return s if s.dtype == torch.float64 else s.float()
 
+    @property
+    def offsets(self) -> Tensor | None:
+        """The offset as a plain tensor, if there is one."""
+        return self.offset.dequantize() if isinstance(self.offset, QTensor) else self.offset
+
     def values(self) -> Tensor:
         """v: the grid values, in steps; shape of the tensor."""
         return self.grid.decode(self.codes, self.steps.dtype)
@@ -64,7 +71,7 @@ class QTensor:
     def dequantize(self) -> Tensor:
         """The tensor itself, fp32: s (v - z) or s v + m."""
         view = self.grain.view(self.values())
-        place = Place.of(self.steps, self.zero, self.offset, view.dtype)
+        place = Place.of(self.steps, self.zero, self.offsets, view.dtype)
         return self.grain.back(decode(view, place), self.shape)
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -74,12 +81,14 @@ class QTensor:
             out |= {f"scale.{name}": tensor for name, tensor in self.scale.to_tensors().items()}
         else:
             out["scale"] = self.scale.to(getattr(torch, self.scale_dtype))
+        if isinstance(self.offset, QTensor):
+            return out | {f"offset.{name}": tensor for name, tensor in self.offset.to_tensors().items()}
         return out | {name: t for name in ("zero", "offset") if (t := getattr(self, name)) is not None}
 
     def to_meta(self) -> dict[str, Any]:
         """What the tensors do not say, as JSON."""
-        scale = {"scale": self.scale.to_meta()} if isinstance(self.scale, QTensor) else {}
-        return {"shape": list(self.shape), "grid": self.grid.to_json(), "grain": self.grain.to_json(), "scale_dtype": self.scale_dtype, **scale}
+        parts = {name: part.to_meta() for name in ("scale", "offset") if isinstance(part := getattr(self, name), QTensor)}
+        return {"shape": list(self.shape), "grid": self.grid.to_json(), "grain": self.grain.to_json(), "scale_dtype": self.scale_dtype, **parts}
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> QTensor:
@@ -87,14 +96,15 @@ class QTensor:
         try:
             grid, shape = from_json(meta["grid"]), tuple(meta["shape"])
             codes = unpack_bits(tensors["codes"], int(grid.bits), shape)
-            if "scale" in meta:
-                nested = {name.removeprefix("scale."): t for name, t in tensors.items() if name.startswith("scale.")}
-                scale: Tensor | QTensor = cls.of(nested, meta["scale"])
-            else:
-                scale = tensors["scale"].float()
-            return cls(codes, scale, tensors.get("zero"), tensors.get("offset"), grid, from_json(meta["grain"]), meta["scale_dtype"])
+            scale: Tensor | QTensor = cls._part("scale", tensors, meta) if "scale" in meta else tensors["scale"].float()
+            offset = cls._part("offset", tensors, meta) if "offset" in meta else tensors.get("offset")
+            return cls(codes, scale, tensors.get("zero"), offset, grid, from_json(meta["grain"]), meta["scale_dtype"])
         except KeyError as missing:
             raise CheckpointError(f"a quantized tensor lacks {missing}; found {', '.join(tensors)}") from None
+
+    @classmethod
+    def _part(cls, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> QTensor:
+        return cls.of({key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}, meta[name])
 
     def nbytes(self) -> int:
         """Bytes of the packed form."""

@@ -251,11 +251,14 @@ def working(x: Tensor) -> Tensor:
 
 def pack(view: Tensor, place: Place, shift: Tensor | None, quant: Quant, shape: tuple[int, ...]) -> QTensor:
     """A measured view -> QTensor."""
-    raw = place.s
+    raw = place
     _, v, place = forward(view, place, shift, quant)
     codes = quant.grain.back(quant.grid.encode(v), shape).contiguous()
     scale: Any = place.s.squeeze(-1)
     if quant.scale.nested is not None:
-        scale = quant.scale.nest(refit(bounded(view, quant.clip), v, settle(Place(raw, *place[1:]), quant)) if quant.refit else raw)
+        scale = quant.scale.nest(refit(bounded(view, quant.clip), v, settle(raw._replace(zero=place.zero), quant)) if quant.refit else raw.s)
+    offset: Any
     zero, offset = (None if t is None else t.squeeze(-1).expand(view.shape[:-1]).contiguous() for t in place[1:])
+    if raw.offset is not None and quant.scale.offset_nested is not None:
+        offset = quant.scale.nest_offset(raw.offset)
     return QTensor(codes, scale, zero, offset, quant.grid, quant.grain, quant.scale.dtype)

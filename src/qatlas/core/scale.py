@@ -20,7 +20,8 @@ EfficientQAT, LR-QAT: round before clip).
 
 And each declares the *type* in which the artefact will store it. `cast` rounds the step to that type in the forward pass, masters stay fp32, so codes
 are always taken from the step that will be stored. Its floor is the smallest positive number of that type (1e-8 is 0 in fp16), its sign policy says
-what a step that training drove below zero means. A `nested` Quant makes the scales themselves quantized (Q4_K, NVFP4).
+what a step that training drove below zero means. A `nested` Quant makes the scales themselves quantized (Q4_K, NVFP4). An offset has a type of its
+own (Q4_1 stores it as fp16), or a Quant of its own: formats that quantize it subtract a minimum, so `offset_nested` is a Quant for minus the offset.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Scale(Noun):
     factor: what the scale's gradient is multiplied with: a number, or "lsq" = 1 / sqrt(elements * Qp).
     over: whose elements "lsq" counts: "scale" (those that share it), "tensor" (all; ParetoQ) or "token" (the features of one token).
     nested: a Quant for the scales themselves, grouped along their last axis.
+    offset_dtype: the type in which an offset is stored. offset_nested: a Quant for minus the offsets, grouped as `nested`.
     """
 
     dtype: str = field(default="float32", kw_only=True)
@@ -79,10 +81,12 @@ class Scale(Noun):
     factor: str | float = field(default=1.0, kw_only=True)
     over: str = field(default="scale", kw_only=True)
     nested: Quant | None = field(default=None, kw_only=True)
+    offset_dtype: str = field(default="float32", kw_only=True)
+    offset_nested: Quant | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        for name, known in (("dtype", SMALLEST), ("sign", ("positive", "abs", "free")), ("gradient", ("none", "statistic", "clipped", "value")),
-                            ("over", ("scale", "tensor", "token"))):
+        for name, known in (("dtype", SMALLEST), ("offset_dtype", SMALLEST), ("sign", ("positive", "abs", "free")),
+                            ("gradient", ("none", "statistic", "clipped", "value")), ("over", ("scale", "tensor", "token"))):
             if getattr(self, name) not in known:
                 raise QuantError(f"{type(self).__name__}({name}={getattr(self, name)!r}): {name} is one of {', '.join(known)}")
 
@@ -102,8 +106,13 @@ class Scale(Noun):
             return self.nest(s).dequantize().to(s.dtype).unsqueeze(-1)
         if self.dtype == "float32":
             return s
-        kind = getattr(torch, self.dtype)
-        return s.clamp(-torch.finfo(kind).max, torch.finfo(kind).max).to(kind).to(s.dtype)
+        return _round(s, self.dtype)
+
+    def cast_offset(self, m: Tensor) -> Tensor:
+        """The offset as it will be stored, in the type of m."""
+        if self.offset_nested is not None:
+            return self.nest_offset(m).dequantize().to(m.dtype).unsqueeze(-1)
+        return m if self.offset_dtype == "float32" else _round(m, self.offset_dtype)
 
     def nest(self, s: Tensor) -> QTensor:
         """The steps as a quantized tensor, by the Quant `nested`. A step that would become zero takes the smallest value above zero instead: a place
@@ -113,6 +122,14 @@ class Scale(Noun):
         values = self.nested.grid.values().to(stored.codes.device)
         first = self.nested.grid.encode(values[values > 0][:1])
         stored.codes = torch.where(stored.dequantize() == 0, first, stored.codes)
+        return stored
+
+    def nest_offset(self, m: Tensor) -> QTensor:
+        """The offsets as a quantized tensor: minus the offsets by the Quant `offset_nested`, its steps then negated."""
+        assert self.offset_nested is not None
+        stored = self.offset_nested.quantize(-m.squeeze(-1))
+        assert isinstance(stored.scale, Tensor)                   # two levels, not three
+        stored.scale = -stored.scale
         return stored
 
     def _signed(self, s: Tensor) -> Tensor:
@@ -275,6 +292,11 @@ class Learned(Scale):
 
     def measure(self, x: Tensor, grid: Grid) -> Place:
         return self.start.measure(x, grid)
+
+
+def _round(t: Tensor, dtype: str) -> Tensor:
+    kind = getattr(torch, dtype)
+    return t.clamp(-torch.finfo(kind).max, torch.finfo(kind).max).to(kind).to(t.dtype)
 
 
 def _end(grid: Grid) -> float:

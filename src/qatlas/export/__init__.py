@@ -3,11 +3,13 @@
 A format module has
 
     TARGETS      name -> the Quant that it would choose itself, or None where it stores plain values
-    fit          a Quant moved onto the target, or FormatError with the reason and the nearest that can
+    fit          a Quant moved onto the target, or FormatError with the reason and the nearest that can; with body=False (embeddings, heads) onto
+                 another type of the format, where the target's own is not exact
     why_not      the reason alone, or None
     write        Checkpoint -> file; the trained codes are packed as they are, never quantized again
     read         file -> tensors under their Hugging Face names, through the format's public reader
     SUFFIX       of its file; empty where the artefact is a directory, which `write` makes and `read` takes in the same way
+    types        file -> how many tensors of which type
 
 and where they make sense
 

@@ -1,8 +1,8 @@
 """Packed layers: codes as buffers, scales as parameters, no master. What is saved, loaded and served.
 
 `Store` holds one QTensor inside a module: packed codes (uint8 buffers), the scale (an fp32 Parameter, so that scales can be trained on a packed
-model) or, for two-level scales, another Store, and zero or offset. A packed layer dequantizes and multiplies: correct before fast. Its `to_meta`
-says in JSON all that its tensors do not, and `from_meta` builds the same layer empty, to be filled by load_state_dict.
+model) or, for two-level scales, another Store, and zero or offset, which may be a Store too. A packed layer dequantizes and multiplies: correct
+before fast. Its `to_meta` says in JSON all that its tensors do not, and `from_meta` builds the same layer empty, to be filled by load_state_dict.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Store(nn.Module):
     codes: Tensor
     scale: Tensor | Store
     zero: Tensor | None
-    offset: Tensor | None
+    offset: Tensor | Store | None
 
     def __init__(self, q: QTensor) -> None:
         super().__init__()
@@ -34,13 +34,17 @@ class Store(nn.Module):
         self.scale = Store(q.scale) if isinstance(q.scale, QTensor) else nn.Parameter(q.scale.detach().float().clone())
         for name in ("zero", "offset"):
             value = getattr(q, name)
+            if isinstance(value, QTensor):
+                self.offset = Store(value)
+                continue
             self.register_buffer(name, None if value is None else value.detach().float().clone())
 
     def qtensor(self) -> QTensor:
         """The QTensor, its scale still on the graph."""
         codes = unpack_bits(self.codes, self.grid.bits, self.shape)
         scale = self.scale.qtensor() if isinstance(self.scale, Store) else self.scale
-        return QTensor(codes, scale, self.zero, self.offset, self.grid, self.grain, self.scale_dtype)
+        offset = self.offset.qtensor() if isinstance(self.offset, Store) else self.offset
+        return QTensor(codes, scale, self.zero, offset, self.grid, self.grain, self.scale_dtype)
 
     def to_meta(self) -> dict[str, Any]:
         """As QTensor.to_meta, and which of zero and offset there is."""
@@ -56,8 +60,9 @@ def _blank(meta: dict[str, Any]) -> QTensor:
     grid, grain, shape = from_json(meta["grid"]), from_json(meta["grain"]), tuple(meta["shape"])
     steps = grain.scale_shape(shape)
     scale = _blank(meta["scale"]) if "scale" in meta else torch.ones(steps)
-    extra = {name: torch.zeros(steps) if meta.get("kind") == name else None for name in ("zero", "offset")}
-    return QTensor(torch.zeros(shape, dtype=torch.uint8), scale, extra["zero"], extra["offset"], grid, grain, meta["scale_dtype"])
+    zero, plain = (torch.zeros(steps) if meta.get("kind") == name else None for name in ("zero", "offset"))
+    offset = _blank(meta["offset"]) if "offset" in meta else plain
+    return QTensor(torch.zeros(shape, dtype=torch.uint8), scale, zero, offset, grid, grain, meta["scale_dtype"])
 
 
 class Packed(Layer):

@@ -103,7 +103,8 @@ class RowsQuantizer(nn.Module):
         each = [_by_row(part.quantize(rows, move)) for part, rows, move in self._cut(x, shift)]
         first = each[0]
         for q in each[1:]:
-            if (q.grid, q.grain, q.scale_dtype) != (first.grid, first.grain, first.scale_dtype) or any(isinstance(t.scale, QTensor) for t in each) \
+            if (q.grid, q.grain, q.scale_dtype) != (first.grid, first.grain, first.scale_dtype) \
+                    or any(isinstance(level, QTensor) for t in each for level in (t.scale, t.offset)) \
                     or (q.zero is None, q.offset is None) != (first.zero is None, first.offset is None):
                 raise QuantError(f"the parts of the rows differ in more than their scales ({first.grid} {first.grain} and {q.grid} {q.grain}): they "
                                  "train, but do not pack as one matrix. Give them one grid and one grain")
@@ -114,7 +115,7 @@ class RowsQuantizer(nn.Module):
 
 def _by_row(q: QTensor) -> QTensor:
     """One scale a part, told as one a row."""
-    if q.grain != PerTensor() or isinstance(q.scale, QTensor):
+    if q.grain != PerTensor() or isinstance(q.scale, QTensor) or isinstance(q.offset, QTensor):
         return q
     n = q.shape[0]
     zero, offset = (None if t is None else t.expand(n) for t in (q.zero, q.offset))

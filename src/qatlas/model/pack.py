@@ -220,7 +220,8 @@ def _silent(layer: Packed) -> bool:
 
 def _detached(q: QTensor) -> QTensor:
     scale = _detached(q.scale) if isinstance(q.scale, QTensor) else q.scale.detach().clone()
-    return QTensor(q.codes, scale, q.zero, q.offset, q.grid, q.grain, q.scale_dtype)
+    offset = _detached(q.offset) if isinstance(q.offset, QTensor) else q.offset
+    return QTensor(q.codes, scale, q.zero, offset, q.grid, q.grain, q.scale_dtype)
 
 
 def _config(model: Any) -> dict[str, Any]:

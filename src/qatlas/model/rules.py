@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -258,11 +259,12 @@ def _unused(model: nn.Module, rule: Rule, index: int, names: Iterable[str]) -> N
 
 
 def _fitted(model: nn.Module, plan: dict[str, Slots], target: str, inside: dict[str, dict[str, Quant]]) -> dict[str, Slots]:
-    """The plan with every weight's Quant moved onto the target's scale type, and its input's where the target says how inputs are quantized."""
+    """The plan with every weight's Quant moved onto the target's scale type, and its input's where the target says how inputs are quantized; that of
+    embeddings and head onto another type of the format where the target's own cannot hold them."""
     from ..export import target as find_target
 
     form, kind = find_target(target)
-    layers = reachable(model)
+    layers, role = reachable(model), roles(model)
     out, refused = {}, {}
     says_all = hasattr(form, "fit_input")
     for address in (f"{name}:{signal}" for name, signals in inside.items() for signal in signals) if says_all else ():
@@ -277,7 +279,8 @@ def _fitted(model: nn.Module, plan: dict[str, Slots], target: str, inside: dict[
         try:
             if says_all and slots.output is not None:
                 raise FormatError(f"{target} has no place for a quantized output; leave it out, or the target")
-            moved = None if slots.weight is None else fused.fit(slots.weight, shape, lambda quant, part: form.fit(quant, kind, part))
+            body = not role.get(name, set()) & {Role.EMBEDDING, Role.HEAD}
+            moved = None if slots.weight is None else fused.fit(slots.weight, shape, partial(_move, form, kind, body))
             entry = form.fit_input(slots.input, kind, moved, shape, layers[name].replaces.__name__) if says_all else slots.input
             out[name] = slots.but(weight=moved, input=entry)
         except FormatError as error:
@@ -287,6 +290,11 @@ def _fitted(model: nn.Module, plan: dict[str, Slots], target: str, inside: dict[
         also = f"\n  refused as well: {len(more)} more layers ({', '.join(more[:3])}{', ...' if more[3:] else ''})" if more else ""
         raise FormatError(f"{first}: {refused[first]}{also}") from None
     return out
+
+
+def _move(form: Any, kind: str, body: bool, quant: Quant, shape: tuple[int, ...]) -> Quant:
+    moved: Quant = form.fit(quant, kind, shape, body)
+    return moved
 
 
 def _check_tied(model: nn.Module, plan: dict[str, Slots]) -> None:

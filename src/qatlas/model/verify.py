@@ -135,7 +135,7 @@ def _export(model: nn.Module, target: str, path: Path, asked: list[Tensor]) -> l
     if hasattr(form, "lacks") and form.lacks():
         return [Proof(f"{target} holds the trained weights", READER, None, form.lacks(), "")]
     try:
-        first = _weights(model, target, form.read(path))
+        first = _weights(model, target, form.read(path), form.types(path) if hasattr(form, "types") else {})
     except QatlasError as error:
         first = Proof(f"{target} holds the trained weights", READER, False, str(error))
     proofs = [first]
@@ -167,12 +167,13 @@ def _loaded(model: nn.Module, target: str, path: Path, load: Any, asked: list[Te
     return Proof(claim, reader, same, f"logits of {len(asked)} prompts {'equal' if same else f'differ{off}'}")
 
 
-def _weights(model: nn.Module, target: str, found: dict[str, Tensor]) -> Proof:
+def _weights(model: nn.Module, target: str, found: dict[str, Tensor], types: Mapping[str, int]) -> Proof:
     ours = checkpoint(model).tensors
     values = {name: t.dequantize() if isinstance(t, QTensor) else t.float() for name, t in ours.items()}
     wrong = [name for name, t in values.items() if name not in found or not torch.equal(t, found[name])]
     count = sum(isinstance(t, QTensor) for t in ours.values())
-    result = f"{len(ours)} tensors ({count} quantized) equal bit for bit" if not wrong else f"{len(wrong)} tensors differ, for instance {wrong[0]}"
+    kinds = f", as {', '.join(f'{n} {kind}' for kind, n in types.items())}" if types else ""
+    result = f"{len(wrong)} tensors differ, for instance {wrong[0]}" if wrong else f"{len(ours)} tensors ({count} quantized) equal bit for bit{kinds}"
     return Proof(f"{target} holds the trained weights", READER, not wrong, result)
 
 

@@ -5,24 +5,28 @@ from tiny_llama import MATRICES, checkpoint, llama
 
 from qatlas.core.error import FormatError
 from qatlas.core.grain import Group, PerChannel, PerTensor
-from qatlas.core.grid import HalfStep, Ternary, Uniform
+from qatlas.core.grid import HalfStep, Sign, Ternary, Uniform
 from qatlas.core.qtensor import QTensor
 from qatlas.core.quantizer import Quant
 from qatlas.core.scale import AbsMax, AbsMean, MinMax
 from qatlas.core.scheme import weight
-from qatlas.export.gguf import TARGETS, fit, plan, read, write
+from qatlas.export.gguf import TARGETS, fit, plan, read, types, write
 from qatlas.export.gguf import llama as names
 
 QUANTS = {
     "q8_0": ("q8_0", TARGETS["q8_0"]),
     "q4_0": ("q4_0", TARGETS["q4_0"]),
     "tq2_0": ("tq2_0", TARGETS["tq2_0"]),
+    **{name: (name, quant) for name, quant in TARGETS.items() if name not in ("q8_0", "q4_0", "tq2_0") and quant is not None},
     "ternary per channel": ("tq2_0", fit(weight(1.58), "tq2_0", (256, 256))),
     "ternary per tensor": ("tq2_0", Quant(Ternary(), PerTensor(), AbsMean(dtype="float16"))),
     "ternary per channel in q4_0": ("q4_0", fit(weight(1.58), "q4_0", (256, 256))),
     "half steps in q4_0": ("q4_0", fit(Quant(HalfStep(2), PerChannel(), AbsMean()), "q4_0", (256, 256))),
     "int4 groups of 64, signed steps": ("q4_0", Quant(Uniform(4), Group(64), AbsMax(dtype="float16", sign="free"))),
     "affine in f32": ("f32", Quant(Uniform(3, False), Group(64), MinMax(zero="offset"))),
+    "ternary in bf16": ("bf16", Quant(Ternary(), PerChannel(), AbsMean(dtype="bfloat16"))),
+    "half steps a channel in q2_k": ("q2_k", fit(Quant(HalfStep(2), PerChannel(), AbsMean()), "q2_k", (256, 256))),
+    "an integer zero in q5_0": ("q5_0", fit(Quant(Uniform(4, False), Group(32), MinMax()), "q5_0", (256, 256))),
     "ternary in f16": ("f16", Quant(Ternary(), PerChannel(), AbsMean(dtype="float16"))),
     "plain": ("f32", None),
 }
@@ -33,14 +37,13 @@ def values(tensor):
 
 
 def rounded(model):
-    """Embeddings and head as fp16 holds them."""
-    model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data.half().float()
-    model.lm_head.weight.data = model.lm_head.weight.data.half().float()
+    """Embeddings and head as fp16 and bf16 hold them."""
+    for part in (model.model.embed_tokens, model.lm_head):
+        part.weight.data = part.weight.data.bfloat16().half().float()
     return model
 
 
-@pytest.mark.parametrize("case", QUANTS)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("case, tied", [*((case, False) for case in QUANTS), ("q4_0", True), ("q4_k", True)])
 def test_readers_give_back_the_trained_weights(case, tied, tmp_path):
     target, quant = QUANTS[case]
     made = checkpoint(rounded(llama(tied)), quant)
@@ -51,7 +54,7 @@ def test_readers_give_back_the_trained_weights(case, tied, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("case", ["q8_0", "q4_0", "tq2_0", "half steps in q4_0", "affine in f32", "ternary in f16"])
+@pytest.mark.parametrize("case", [*(name for name, quant in TARGETS.items() if quant), "half steps in q4_0", "affine in f32", "ternary in f16"])
 def test_transformers_computes_the_same_logits(case, tmp_path, tokenizer_dir):
     from transformers import AutoModelForCausalLM
 
@@ -109,6 +112,35 @@ def test_quantized_embeddings_and_a_tied_head(tmp_path):
     assert "lm_head.weight" not in back and torch.equal(back["model.embed_tokens.weight"], values(made.tensors["lm_head.weight"]))
 
 
+EIGHT = Quant(Uniform(8), Group(32), AbsMax(dtype="float16"))
+
+
+@pytest.mark.parametrize("target, quant, kinds", [
+    (EIGHT, EIGHT, ("Q8_0", "Q8_0")), (EIGHT, TARGETS["q4_k"], ("Q8_0", "Q4_K")),
+    (TARGETS["tq1_0"], TARGETS["q5_1"], ("TQ2_0", "Q5_1")),       # the target, though a smaller type would do
+    (Quant(Uniform(8), Group(32)), Quant(Sign(), PerChannel(), AbsMean(dtype="bfloat16")), ("F32", "TQ2_0")),
+    (Quant(Uniform(4), Group(16), AbsMax(dtype="float16")), Quant(Ternary(), Group(8), AbsMean(dtype="bfloat16")), ("F32", "F16"))])
+def test_embeddings_and_head_take_what_holds_them(target, quant, kinds, tmp_path):
+    made = checkpoint(llama(), TARGETS["tq2_0"])
+    for name, other in (("model.embed_tokens.weight", target), ("lm_head.weight", quant)):
+        made.tensors[name] = other.quantize(made.tensors[name])
+    said = plan(made, "tq2_0")
+    assert (said["token_embd.weight"], said["output.weight"]) == kinds and said["blk.0.attn_q.weight"] == "TQ2_0"
+    path = write(made, tmp_path / "m.gguf", "tq2_0")
+    found = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert found == said and types(path) == {kind: list(said.values()).count(kind) for kind in types(path)}
+    back = read(path)
+    assert all(torch.equal(back[name], values(tensor)) for name, tensor in made.tensors.items())
+
+
+def test_plain_tensors_of_a_bf16_model_stay_so(tmp_path):
+    made = checkpoint(llama(), TARGETS["q8_0"])
+    made.tensors["lm_head.weight"] = made.tensors["lm_head.weight"].bfloat16() * 2.0**-12
+    assert plan(made, "q8_0")["output.weight"] == "BF16" and plan(made, "f32")["output.weight"] == "F32"
+    back = read(write(made, tmp_path / "m.gguf", "q8_0"))
+    assert torch.equal(back["lm_head.weight"], made.tensors["lm_head.weight"].float())
+
+
 def without(made, name):
     del made.tensors[name]
 
@@ -146,13 +178,14 @@ def test_a_refusal_leaves_nothing_behind(case, tmp_path):
 
 
 def test_unknown_target(tmp_path):
-    with pytest.raises(FormatError, match="nearest: gguf:q4_0"):
-        write(checkpoint(llama(), None), tmp_path / "m.gguf", "q4_1")
+    with pytest.raises(FormatError, match="nearest: gguf:q4_"):
+        write(checkpoint(llama(), None), tmp_path / "m.gguf", "q4_2")
 
 
-def test_dense_fp16_does_not_round(tmp_path):
-    with pytest.raises(FormatError, match="fp16 would round"):
-        write(checkpoint(llama(), None), tmp_path / "m.gguf", "f16")
+@pytest.mark.parametrize("target", ["f16", "bf16"])
+def test_dense_halves_do_not_round(target, tmp_path):
+    with pytest.raises(FormatError, match="16 would round"):
+        write(checkpoint(llama(), None), tmp_path / "m.gguf", target)
 
 
 def test_a_file_in_the_way_stays(tmp_path):

@@ -33,7 +33,7 @@ NORMAL = 2.0**-126
 SCHEMES = {**{f"w{bits}a16": f"w{bits}-g128" for bits in (2, 3, 4, 8)}, "w4a8": "w4a8", "w8a8": "w8a8"}
 
 
-def fit(quant: Quant, target: str, shape: tuple[int, ...]) -> Quant:
+def fit(quant: Quant, target: str, shape: tuple[int, ...], body: bool = True) -> Quant:
     """The Quant with its step in the type that the target stores: of packed integers fp32 becomes bf16, since vLLM reads it in its compute type; FP4
     takes its own. Grid, grain, kind of scale, estimator and refit are kept.
 

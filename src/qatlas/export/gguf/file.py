@@ -2,9 +2,10 @@
 
 What each tensor becomes, `plan` tells before anything is written:
 
-    QTensor                  the target's block; values in full for f32 and f16
+    QTensor of a block       the target's type; values in full for f32, f16 and bf16
+    QTensor outside          the target's type where that holds it, else the smallest that does (an 8-bit embedding beside a ternary body), else F32
     1-D (norms, biases)      F32
-    other plain tensors      F16 where fp16 holds every value, else F32 (embeddings, heads, layers that a rule kept in full precision)
+    other plain tensors      F16 where fp16 holds every value, else BF16 where that does, else F32 (embeddings, heads, layers kept in full precision)
 
 A tied head is left out: readers take the embeddings. Nothing is rounded on the way: a tensor that the target cannot hold is refused before the
 file is begun, and the file appears under its name only when it is whole (written aside, synced, renamed); one that exists is not overwritten.
@@ -13,6 +14,7 @@ file is begun, and the file appears under its name only when it is whole (writte
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,15 @@ from ...core.error import FormatError, unknown
 from ...core.qtensor import QTensor
 from ..checkpoint import Checkpoint
 from . import llama
-from .fitting import block_steps, times, why_not
-from .layout import LAYOUTS
+from .fitting import PLAIN, held
+from .layout import LAYOUTS, to_bytes
 from .vocab import vocabulary
 
-FILE_TYPES = {"f32": 0, "f16": 1} | {name: layout.file_type for name, layout in LAYOUTS.items()}
+FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32} | {name: layout.file_type for name, layout in LAYOUTS.items()}
 
 
 def plan(checkpoint: Checkpoint, target: str) -> dict[str, str]:
-    """The GGUF name of each tensor to write -> its type there: "F32", "F16" or the target's block.
+    """The GGUF name of each tensor to write -> its type there: "F32", "F16", "BF16" or a block's.
 
     Raises:
         FormatError: a tensor that is missing, that the architecture does not have, or that the target cannot hold; a tokenizer that llama.cpp
@@ -47,7 +49,7 @@ def plan(checkpoint: Checkpoint, target: str) -> dict[str, str]:
     if missing or extra:
         raise FormatError(f"the tensors are not those of this config: missing {', '.join(sorted(missing)) or 'none'}; "
                           f"unknown {', '.join(sorted(extra)) or 'none'}")
-    kinds = {name: _kind(hf, checkpoint.tensors[hf], target) for name, hf in names.items()}
+    kinds = {name: _kind(hf, checkpoint.tensors[hf], target, name.startswith("blk.")) for name, hf in names.items()}
     rows = checkpoint.tensors[names["token_embd.weight"]].shape[0]
     if rows != checkpoint.config["vocab_size"]:
         raise FormatError(f"the config says vocab_size {checkpoint.config['vocab_size']}, the embeddings have {rows} rows")
@@ -127,6 +129,11 @@ def read(path: str | Path) -> dict[str, Tensor]:
     return out
 
 
+def types(path: str | Path) -> dict[str, int]:
+    """How many tensors of each type a file holds, the most frequent first."""
+    return dict(Counter(tensor.tensor_type.name for tensor in open_file(path).tensors).most_common())
+
+
 def open_file(path: str | Path) -> Any:
     """gguf.GGUFReader, with the ways in which it fails on a truncated or foreign file said in words."""
     import gguf
@@ -162,44 +169,50 @@ def _names(checkpoint: Checkpoint) -> dict[str, str]:
     return out
 
 
-def _kind(name: str, tensor: Any, target: str) -> str:
+def _kind(name: str, tensor: Any, target: str, body: bool) -> str:
     """The type of one tensor, or the refusal."""
     if isinstance(tensor, Tensor):
         if not torch.isfinite(tensor).all():
             raise FormatError(f"{name} holds NaN or infinity")
         if target == "f32" or tensor.dim() < 2 or tensor.dtype == torch.float64:
             return "F32"
-        exact = torch.equal(tensor.half().to(tensor.dtype), tensor)
-        if target == "f16" and not exact:
-            raise FormatError(f"{name} holds values that fp16 would round; write gguf:f32, or round the model first (model.half())")
-        return "F16" if exact else "F32"
-    reason = why_not(tensor, target, tuple(tensor.dequantize().shape) if target == "f32" else tuple(tensor.shape))
-    if reason is not None:
+        able = [kind for kind in ("f16", "bf16") if torch.equal(tensor.to(getattr(torch, PLAIN[kind])).to(tensor.dtype), tensor)]
+        if target in ("f16", "bf16"):
+            if target in able:
+                return target.upper()
+            named = {"f16": "fp16", "bf16": "bf16"}[target]
+            raise FormatError(f"{name} holds values that {named} would round; write gguf:f32, or round the model first "
+                              f"(model.to(torch.{PLAIN[target]}))")
+        return (able[0] if able else "f32").upper()
+    shape = tuple(tensor.dequantize().shape)
+    reason = held(tensor, target, shape)
+    if not isinstance(reason, str):
+        return target.upper()
+    if body:
         raise FormatError(f"gguf:{target} cannot hold {name}, shape {tuple(tensor.shape)}: {reason}")
-    return LAYOUTS[target].type if target in LAYOUTS else target.upper()
+    return next((other for other in (*LAYOUTS, "f16", "bf16") if not isinstance(held(tensor, other, shape), str)), "f32").upper()
 
 
 def _bytes(name: str, tensor: Any, kind: str, config: dict[str, Any]) -> tuple[np.ndarray, Any]:
-    """One tensor in GGUF order: plain values, or (rows, bytes of a row) with the block type."""
+    """One tensor in GGUF order: plain values, or (rows, bytes of a row) with the block type. Rows move whole, whatever they hold."""
     import gguf
 
     heads = llama.heads_of(name, config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"])
     order = (lambda rows: rows) if heads is None else (lambda rows: llama.permute(rows, heads))
-    if kind in ("F32", "F16"):
-        values = tensor if isinstance(tensor, Tensor) else tensor.dequantize()
-        return order(values.detach().cpu()).to(torch.float16 if kind == "F16" else torch.float32).contiguous().numpy(), None
-    q, d = integers(tensor, kind.lower())
-    return LAYOUTS[kind.lower()].pack(order(q), order(d)).numpy(), gguf.GGMLQuantizationType[kind]
+    if kind.lower() in LAYOUTS:
+        return order(packed(tensor, kind.lower()).cpu()).numpy(), gguf.GGMLQuantizationType[kind]
+    values = order((tensor if isinstance(tensor, Tensor) else tensor.dequantize()).detach().cpu())
+    if kind == "BF16":                                            # numpy has no such type
+        return to_bytes(values, "bfloat16").flatten(-2).numpy(), gguf.GGMLQuantizationType.BF16
+    return values.to(getattr(torch, PLAIN[kind.lower()])).contiguous().numpy(), None
 
 
-def integers(tensor: QTensor, target: str) -> tuple[Tensor, Tensor]:
-    """A QTensor that `why_not` let through -> its integers (out, in) int16 and one step a block (out, in / size)."""
-    layout = LAYOUTS[target]
-    k = times(tensor.grid, layout)
-    d = block_steps(tensor.grain, tensor.steps, tuple(tensor.shape), layout.size)
-    if k is None or d is None:
-        raise FormatError(f"gguf:{target} cannot hold this tensor: {why_not(tensor, target)}")
-    return (tensor.values() * k).to(torch.int16).cpu(), (d / k).cpu()
+def packed(tensor: QTensor, target: str) -> Tensor:
+    """A QTensor (out, in) -> the blocks of its rows, (out, bytes) uint8."""
+    own = held(tensor, target)
+    if not isinstance(own, QTensor):
+        raise FormatError(f"gguf:{target} cannot hold this tensor: {own}")
+    return LAYOUTS[target].pack(own)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
