@@ -253,7 +253,7 @@ def doctor() -> int:
     from .record import machine, versions
 
     extras = {module: "there" if find_spec(module) else f"missing: pip install 'qatlas[{extra}]'"
-              for module, extra in (("xllamacpp", "llamacpp"), ("PIL", "vision"), ("tensorboard", "tensorboard"))}
+              for module, extra in (("xllamacpp", "llamacpp"), ("onnxruntime", "onnx"), ("PIL", "vision"), ("tensorboard", "tensorboard"))}
     table.pairs({**versions(), **machine(), "export targets": ", ".join(targets()), **extras})
     return 0
 

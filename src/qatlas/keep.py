@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from .export import target as find_target
+from .model.graph import graph
 from .model.pack import checkpoint, load_packed, save
 from .record import Record
 from .train.resume import sha256
@@ -47,6 +48,8 @@ def export(directory: Path, target: str, model: nn.Module | None = None) -> Path
     model = load_packed(directory) if model is None else model
     has_vocabulary = (directory / "tokenizer.json").is_file()
     data = checkpoint(model, directory if has_vocabulary else None, directory.resolve().name)
+    if hasattr(form, "OPSETS"):                                   # a format that holds the computation too
+        data.graph = graph(model, form.OPSETS[kind])
     return form.write(data, folder(directory, f"{target.partition(':')[0]}:{kind}") / f"model.{form.SUFFIX}", kind)
 
 
