@@ -24,7 +24,7 @@ DOMAIN, MARK = "qatlas", "Quantize"                               # the node tha
 
 @dataclass
 class Signal:
-    """A quantizer of activations as data: its Quant, and the step, zero or offset with which it computes. scale: None where every input has its own."""
+    """A quantizer of activations as data: its Quant, and the step, zero or offset with which it computes. No scale: every input has its own."""
 
     quant: Quant
     scale: Tensor | None = None

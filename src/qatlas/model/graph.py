@@ -8,7 +8,7 @@ keeps the name of its tensor, and tensors that are one have the name that `check
 trained codes in the place of the weights, and what the format has in the place of the marks.
 
 Inputs are those of the tokenizer that the model takes (input_ids, attention_mask, token_type_ids), with the batch and the tokens left open, or the
-pixels of an image, with the batch left open, and the sides where the config names no size; the output is `logits`. A decoder is traced without its cache.
+pixels of an image, with the batch left open, and the sides where the config names no size; the output is `logits`. A decoder has no cache.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def graph(model: nn.Module, opset: int, batch: dict[str, Tensor] | None = None) 
     shown, signals = _shown(model)
     whole = _Whole(shown, tuple(batch))
     with torch.no_grad(), _quiet():
-        whole(*batch.values())                                    # attention compares itself with the model's own in its first forward, not in a trace
+        whole(*batch.values())                                    # attention compares itself with the model's own here, which no trace can
         try:
             program = torch.onnx.export(whole, tuple(batch.values()), dynamo=True, opset_version=opset, optimize=False, verbose=False,
                                         input_names=list(batch), output_names=["logits"],
@@ -132,7 +132,7 @@ def _shown(model: nn.Module) -> tuple[nn.Module, dict[str, Signal]]:
     """A copy with plain weights and marks, and what the marks stand for."""
     if not artefact.holds(model):
         raise QuantError(f"this {type(model).__name__} has no quantized layer; quantize(model, rules) comes first")
-    shown = nn.Module.float(pack(copy.deepcopy(model)))           # transformers forbids .float() of a packed model
+    shown: Any = nn.Module.float(pack(copy.deepcopy(model)))           # transformers forbids .float() of a packed model
     if hasattr(shown, "config"):
         shown.config.use_cache = False
     signals: dict[str, Signal] = {}

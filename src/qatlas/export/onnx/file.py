@@ -97,8 +97,8 @@ def check(checkpoint: Checkpoint, target: str) -> None:
     opset = checkpoint.graph.model.opset_imports.get("")
     if opset != OPSETS[target]:
         raise FormatError(f"the graph speaks opset {opset}, onnx:{target} is written in opset {OPSETS[target]}; trace it with that")
-    broken = {name: "it holds NaN or infinity" for name, t in checkpoint.tensors.items()
-              if isinstance(t, Tensor) and t.is_floating_point() and not torch.isfinite(t).all()}
+    broken: dict[str, str | None] = {name: "it holds NaN or infinity" for name, t in checkpoint.tensors.items()
+                                     if isinstance(t, Tensor) and t.is_floating_point() and not torch.isfinite(t).all()}
     refused = {name: why_not(t, target, tuple(t.dequantize().shape)) for name, t in checkpoint.tensors.items() if not isinstance(t, Tensor)}
     _refuse(broken | refused, target, _scheme(target))
     static = f"{_scheme(target)}: activations with -static (in papers: static=True); or onnx:{target}{ONLY}, which leaves them in full precision"

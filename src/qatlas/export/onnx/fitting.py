@@ -1,7 +1,7 @@
 """Which trained numbers ONNX holds exactly.
 
-DequantizeLinear stands for s (q - z): q and z of one integer type, s in fp32, one for the tensor, one for each index of an axis, or one for each block
-along an axis. Three questions decide for a weight:
+DequantizeLinear stands for s (q - z): q and z of one integer type, s in fp32, one for the tensor, for each index of an axis, or for each block along
+an axis. Three questions decide for a weight:
 
 1. The grid. With a power of two k such that all k v are integers, s (v - z) = (s / k) (k v - k z), and both sides are the same fp32 number. So the
    grids -1.5 -0.5 0.5 1.5 and E2M1 are integers too. What counts is the grid, not the values that happen to occur.
@@ -10,9 +10,9 @@ along an axis. Three questions decide for a weight:
 
 Steps are trained in fp32, fp16 or less, and fp32 holds them all.
 
-An activation is quantized by QuantizeLinear, clamp(round(x / s) + z), with a constant s. So its step must be static; its grid must be the integers, as
-rounding to others is not what QuantizeLinear does. Fewer than 8 bits are told by a Clip in front of an 8-bit QuantizeLinear, which more engines read
-than 4-bit activations. (x / s + z is rounded once, here, and x / s alone there: with an odd zero an exact tie falls on the other side.)
+An activation is quantized by QuantizeLinear, clamp(round(x / s) + z), with a constant s. So its step must be static, and its grid the integers.
+Fewer than 8 bits are told by a Clip in front of an 8-bit QuantizeLinear, which more engines read than activations of 4 bits. (We round x / s + z,
+QuantizeLinear x / s alone: with an odd zero an exact tie falls on the other side.)
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def why_not_signal(signal: Signal | Quant, target: str) -> str | None:
     quant = signal if isinstance(signal, Quant) else signal.quant
     if quant.scale.keeps == "nothing":
         each = "input" if quant.grain == PerTensor() else "token"
-        return f"{type(quant.scale).__name__} gives each {each} a step of its own as it comes, and the step of QuantizeLinear is a constant of the file"
+        return (f"{type(quant.scale).__name__} gives each {each} a step of its own as it comes, and the step of QuantizeLinear is a constant of "
+                "the file")
     if not isinstance(quant.grid, Uniform) or quant.bits > 8 or quant.refit:
         return f"{quant.grid}{' with refit' if quant.refit else ''} is no integer grid of at most 8 bits, and QuantizeLinear rounds to those"
     if isinstance(signal, Signal) and quant.grid.signed is None:

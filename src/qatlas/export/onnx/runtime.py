@@ -45,9 +45,9 @@ def answers(path: str | Path, asked: list[Tensor], optimized: bool = False) -> T
     out = []
     for rows in asked:
         more = {"attention_mask": torch.ones_like(rows), "token_type_ids": torch.zeros_like(rows)}
-        feed = {name: rows if i == 0 else more.get(name) for i, name in enumerate(names)}
-        if missing := [name for name, value in feed.items() if value is None]:
+        if missing := [name for name in names[1:] if name not in more]:
             raise FormatError(f"{path} takes {', '.join(names)}; nobody knows what {missing[0]} would be")
+        feed = {name: rows if i == 0 else more[name] for i, name in enumerate(names)}
         try:
             found = torch.from_numpy(runs.run(None, {name: value.numpy() for name, value in feed.items()})[0])
         except Exception as error:

@@ -2,8 +2,8 @@
 
     x -> [Clip] -> QuantizeLinear(ADDRESS.scale, ADDRESS.zero) -> DequantizeLinear(the same) -> y
 
-The Clip stands where the grid ends before 8 bits do: cutting x to [s (low - z), s (high - z)] and then rounding is rounding and then cutting, since both
-only grow. `drop` takes a mark out without putting anything in its place.
+The Clip stands where the grid ends before 8 bits do. Cutting x to [s (low - z), s (high - z)] and then rounding is rounding and then cutting, since
+both only grow. `drop` takes a mark out without putting anything in its place.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ...core.grain import PerChannel
 from ..checkpoint import DOMAIN, MARK, Signal
 from .fitting import clip
-from .weights import _register
+from .weights import constant
 
 
 def marks(graph: Any) -> list[Any]:
@@ -40,12 +41,13 @@ def lower(graph: Any, mark: Any, signal: Signal) -> None:
 
     name, quant, x = address(mark), signal.quant, mark.inputs[0]
     assert signal.scale is not None, "why_not_signal has let it through"
-    scale, zero = (None if t is None else t.detach().cpu().float() for t in (signal.scale, signal.zero))
+    scale = signal.scale.detach().cpu().float()
+    zero = torch.zeros_like(scale) if signal.zero is None else signal.zero.detach().cpu().float()
     axis = {"axis": quant.grain.axis} if isinstance(quant.grain, PerChannel) else {}
+    shape = tuple(scale.shape) if axis else ()                    # one step for all is a scalar
     signed = bool(quant.grid.signed)  # type: ignore[attr-defined]
-    codes = np.zeros(scale.shape, dtype=np.int8) if zero is None else zero.numpy()
-    given = [_once(graph, f"{name}.scale", scale.numpy() if axis else scale.reshape(()).numpy()),
-             _once(graph, f"{name}.zero", codes.astype(np.int8 if signed else np.uint8).reshape(scale.shape if axis else ()))]
+    given = [_once(graph, f"{name}.scale", scale.reshape(shape).numpy()),
+             _once(graph, f"{name}.zero", zero.reshape(shape).numpy().astype(np.int8 if signed else np.uint8))]
     nodes = []
     if (ends := _ends(signal, scale, zero)) is not None:
         edges = [_once(graph, f"{name}.{end}", np.array(value, dtype=np.float32)) for end, value in zip(("low", "high"), ends, strict=True)]
@@ -58,13 +60,12 @@ def lower(graph: Any, mark: Any, signal: Signal) -> None:
     _put(graph, mark, nodes[-1].outputs[0], nodes)
 
 
-def _ends(signal: Signal, scale: Tensor, zero: Tensor | None) -> tuple[float, float] | None:
+def _ends(signal: Signal, scale: Tensor, zero: Tensor) -> tuple[float, float] | None:
     """Where x is cut, in values."""
     ends = clip(signal.quant)
     if ends is None:
         return None
-    z = 0.0 if zero is None else float(zero)
-    low, high = (float(scale * (end - z)) for end in ends)
+    low, high = (float(scale * (end - zero)) for end in ends)
     most = signal.quant.clip
     return (low, high) if most is None else (max(low, -most), min(high, most))
 
@@ -72,7 +73,7 @@ def _ends(signal: Signal, scale: Tensor, zero: Tensor | None) -> tuple[float, fl
 def _once(graph: Any, name: str, value: Any) -> Any:
     import onnx_ir as ir
 
-    return graph.initializers[name] if name in graph.initializers else _register(graph, name, ir.tensor(value))
+    return graph.initializers[name] if name in graph.initializers else constant(graph, name, ir.tensor(value))
 
 
 def _put(graph: Any, mark: Any, value: Any, nodes: list[Any]) -> None:

@@ -4,7 +4,7 @@
 
 The codes are the trained ones: the values of the grid times a power of two, as integers, packed with the first element in the low bits over the whole
 tensor. Where the graph transposes a matrix before every product (torch's linear does), the codes lie transposed and the node gives `NAME.T`: engines
-look for DequantizeLinear right in front of MatMul. Where groups run over a convolution's flattened inputs, the codes are a matrix and a Reshape follows.
+look for DequantizeLinear right in front of MatMul. Where groups run over a convolution's flattened inputs, codes are a matrix and a Reshape follows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def place(graph: Any, name: str, tensor: QTensor, target: str) -> None:
 
     old = graph.initializers[name]
     if tuple(old.shape.numpy()) != tuple(tensor.shape):
-        raise FormatError(f"{name} has shape {tuple(tensor.shape)} in the checkpoint, {tuple(old.shape.numpy())} in the graph; they are of two models")
+        raise FormatError(f"{name} has shape {tuple(tensor.shape)} in the checkpoint, {tuple(old.shape.numpy())} in the graph: two models")
     del graph.initializers[name]
     turns = [user for user, _ in old.uses()]
     turned = bool(turns) and all(user.op_type == "Transpose" and list(user.attributes["perm"].as_ints()) == [1, 0] for user in turns)
@@ -52,15 +52,15 @@ def dequantize(graph: Any, out: str, name: str, tensor: QTensor, target: str, tu
     if turned:
         codes, scale, zero = codes.T, scale.T if scale.dim() > 1 else scale, zero if zero is None or zero.dim() < 2 else zero.T
         how = {key: 1 - value if key == "axis" else value for key, value in how.items()}
-    given = [_register(graph, f"{name}.codes", integers(codes, found)), _register(graph, f"{name}.scale", ir.tensor(scale.contiguous().numpy()))]
+    given = [constant(graph, f"{name}.codes", integers(codes, found)), constant(graph, f"{name}.scale", ir.tensor(scale.contiguous().numpy()))]
     if zero is not None:
-        given.append(_register(graph, f"{name}.zero", integers(zero, found)))
+        given.append(constant(graph, f"{name}.zero", integers(zero, found)))
     reshaped = not turned and tuple(codes.shape) != shape
     node = ir.node("DequantizeLinear", given, how, name=f"{name}.dequantize",
                    outputs=[_value(f"{name}.matrix" if reshaped else out, tuple(codes.shape))])
     if not reshaped:
         return [node]
-    to = _register(graph, f"{name}.shape", ir.tensor(np.array(shape, dtype=np.int64)))
+    to = constant(graph, f"{name}.shape", ir.tensor(np.array(shape, dtype=np.int64)))
     return [node, ir.node("Reshape", [node.outputs[0], to], name=f"{name}.reshape", outputs=[_value(out, shape)])]
 
 
@@ -93,7 +93,8 @@ def integers(values: Tensor, found: Kind) -> Any:
     return ir.PackedTensor(pack_bits(codes, found.bits).numpy(), ir.DataType[found.name], shape=tuple(values.shape))
 
 
-def _register(graph: Any, name: str, tensor: Any) -> Any:
+def constant(graph: Any, name: str, tensor: Any) -> Any:
+    """An initializer."""
     import onnx_ir as ir
 
     tensor.name = name
