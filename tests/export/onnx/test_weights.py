@@ -24,7 +24,8 @@ from qatlas.export.onnx import OPSETS, read, write
 from qatlas.export.onnx.fitting import Kind
 from qatlas.export.onnx.weights import integers
 
-GRIDS = [Uniform(8), Uniform(8, narrow=True), Uniform(5), Uniform(4), Uniform(3), Uniform(2), Ternary(), Sign(), HalfStep(2), HalfStep(4), Float(2, 1)]
+GRIDS = [Uniform(8), Uniform(8, narrow=True), Uniform(5), Uniform(4), Uniform(3), Uniform(2), Ternary(), Sign(), HalfStep(2), HalfStep(4),
+         Float(2, 1)]
 GRAINS = [PerTensor(), PerChannel(), PerChannel(1), Group(8), Group(24), Block(2, 8)]
 draws = settings(max_examples=15, deadline=None)
 
@@ -40,8 +41,8 @@ def by_evaluator(path, name):
 
 
 @draws
-@given(st.sampled_from(GRIDS), st.sampled_from(GRAINS), st.sampled_from(["int8", "int4", "int2"]), st.sampled_from(["linear", "gemm", "gather", "both"]),
-       st.integers(0, 9))
+@given(st.sampled_from(GRIDS), st.sampled_from(GRAINS), st.sampled_from(["int8", "int4", "int2"]),
+       st.sampled_from(["linear", "gemm", "gather", "both"]), st.integers(0, 9))
 def test_any_grid_any_grain_any_use(grid, grain, target, how, seed):
     import tempfile
     from pathlib import Path
