@@ -36,7 +36,8 @@ def test_a_target_holds_what_it_would_choose_itself(target):
 
 @pytest.mark.parametrize("quant, words", [
     (Quant(Uniform(4), scale=MinMax(zero="offset")), "float offset"), (Quant(Uniform(12)), "12 bits"), (Quant(Uniform(4, None)), "signed=True"),
-    (Quant(Float(4, 3)), "not integers of 8 bits"), (Quant(HalfStep(8)), "not integers of 8 bits"), (Quant(Uniform(4), Group(48)), "does not divide")])
+    (Quant(Float(4, 3)), "not integers of 8 bits"), (Quant(HalfStep(8)), "not integers of 8 bits"),
+    (Quant(Uniform(4), Group(48)), "does not divide")])
 def test_refusals_name_the_reason_and_the_scheme(quant, words):
     assert words in why_not(quant, "int4", (8, 64))
     with pytest.raises(FormatError, match="nearest scheme for onnx:int4: w4-g32"):
