@@ -16,6 +16,7 @@ from torch import nn
 from .export import files
 from .export import place as place_of
 from .export import target as find_target
+from .model.graph import graph
 from .model.pack import checkpoint, load_packed, save
 from .record import Record
 from .train.resume import sha256
@@ -51,6 +52,8 @@ def export(directory: Path, target: str, model: nn.Module | None = None) -> Path
     model = load_packed(directory) if model is None else model
     has_vocabulary = (directory / "tokenizer.json").is_file()
     data = checkpoint(model, directory if has_vocabulary else None, directory.resolve().name)
+    if hasattr(form, "OPSETS"):                                   # a format that holds the computation too
+        data.graph = graph(model, form.OPSETS[kind])
     return form.write(data, place_of(directory / "exports", target), kind)
 
 

@@ -2,6 +2,10 @@
 
 Exporters stand below the layers and know no module. What they need is the architecture's numbers (the Hugging Face config.json as a dict), the
 tensors under their Hugging Face names, each a plain tensor or a QTensor, and where the tokenizer's files lie.
+
+A format that holds the whole computation (ONNX) needs a `Graph` too. It is traced above, by model.graph, from the model with its weights in full
+precision: initializers have the names of the tensors, and where a quantizer of activations stands there is a node `qatlas::Quantize` with the
+attribute `of`, the quantizer's address. What becomes of both is the exporter's work.
 """
 
 from __future__ import annotations
@@ -17,13 +21,33 @@ from ..core.quantizer import Quant
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json",
              "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "preprocessor_config.json", "processor_config.json")
+DOMAIN, MARK = "qatlas", "Quantize"                               # the node that stands where activations are quantized
+
+
+@dataclass
+class Signal:
+    """A quantizer of activations as data: its Quant, and the step, zero or offset with which it computes. No scale: every input has its own."""
+
+    quant: Quant
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    offset: Tensor | None = None
+
+
+@dataclass
+class Graph:
+    """A model's computation. model: an onnx_ir.Model in full precision. signals: address -> Signal, one for each node `qatlas::Quantize`."""
+
+    model: Any
+    signals: dict[str, Signal]
 
 
 @dataclass
 class Checkpoint:
     """config: config.json as a dict. tensors: parameter name -> Tensor, or QTensor in (out, in) layout. tokenizer: a folder with tokenizer.json and,
     if there is one, tokenizer_config.json; None leaves the vocabulary out. name: what the model is called in the file. inputs: layer -> the Quant of
-    its input. signals: addresses of what else is quantized (outputs of layers, signals inside attention); no file of weights holds them."""
+    its input. signals: addresses of what else is quantized (outputs of layers, signals inside attention); no file of weights holds them.
+    graph: the computation, for formats that hold it."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor | QTensor]
@@ -31,3 +55,4 @@ class Checkpoint:
     name: str = "qatlas"
     inputs: dict[str, Quant] = field(default_factory=dict)
     signals: tuple[str, ...] = ()
+    graph: Graph | None = None

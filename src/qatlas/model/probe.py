@@ -32,6 +32,13 @@ def forward(model: nn.Module, batch: Any) -> Any:
     return model(batch.to(device))
 
 
+def images(model: Any) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that a transformers model sees, as its config says; 32 x 32 where any size passes."""
+    size = getattr(model.config, "image_size", 32)
+    height, width = (size, size) if isinstance(size, int) else size
+    return getattr(model.config, "num_channels", 3), height, width
+
+
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Inside, forwards may change buffers, modes and random numbers; outside nothing has happened."""

@@ -274,6 +274,11 @@ def _fitted(model: nn.Module, plan: dict[str, Slots], target: str, inside: dict[
             refused[name] = FormatError(f"{target} holds weights, and has no place for the norm that the rules put in front of this layer; leave "
                                         "out the norm, or the target")
             continue
+        if reason := next(filter(None, (form.why_not_signal(quant, kind) for quant in (slots.input, slots.output) if quant is not None
+                                        and hasattr(form, "why_not_signal"))), None):
+            refused[name] = FormatError(f"{target} cannot hold this layer's quantized activations: {reason}. Take static ones (w4a8-static, "
+                                        "static=True), or a target that leaves them out")
+            continue
         weight: Any = model.get_submodule(name).weight
         shape = tuple(weight.T.shape if layers[name] is QTransposed else weight.shape)
         try:

@@ -6,10 +6,13 @@
     the format's reader  every weight of the exported file: the same values, bit for bit
     transformers         the exported file dequantized: the same logits as the trained model with its input quantizers off
                          (a format that says how inputs are quantized: the model itself, loaded by transformers, with everything on)
+    onnxruntime          a file that holds the whole computation: the logits of the trained model, within TIES or SUMS of the largest
     the engine           llama.cpp itself: close, not equal, since it rounds the inputs of every product in its own way (see export.gguf.llamacpp)
 
-All but the last are equalities: a single bit is a failure. The last one is stated as the largest difference of a log-probability among the ten most
-probable tokens, and as the share of prompts on which both sides choose the same token. A file that cannot be read any more is a proof that failed.
+All but the last two are equalities: a single bit is a failure. onnxruntime sums in another order, and where activations are quantized a value within
+the last bit of a tie falls on the other side; its optimizations are off (see export.onnx). The engine is stated as the largest difference of a
+log-probability among the ten most probable tokens, and as the share of prompts on which both sides choose the same token. A file that
+cannot be read any more is a proof that failed.
 """
 
 from __future__ import annotations
@@ -26,14 +29,17 @@ from torch import Tensor, nn
 
 from ..core.error import CheckpointError, FormatError, QatlasError
 from ..core.qtensor import QTensor
+from ..core.quantizer import Quantizer
 from ..export import named, place
 from ..export import target as find_target
 from ..layers import attention
 from ..layers.quantized import Layer
 from .inner import installed
 from .pack import checkpoint, load_packed
+from .probe import images
 
 ENGINE_TOLERANCE = 0.5                                            # of a log-probability: beyond it the file does not mean what we think
+TIES, SUMS = 0.1, 1e-4                                            # of the largest logit, with and without quantized activations
 READER = "the format's public reader"
 AUTO = {"ForSequenceClassification": "AutoModelForSequenceClassification", "ForImageClassification": "AutoModelForImageClassification"}
 
@@ -104,9 +110,7 @@ def _questions(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
         return [torch.tensor([list(prompt)]) for prompt in prompts]
     draw = torch.Generator().manual_seed(0)
     if getattr(model, "main_input_name", "input_ids") == "pixel_values":
-        size = getattr(model.config, "image_size", 32)
-        height, width = (size, size) if isinstance(size, int) else size
-        return [torch.randn(1, getattr(model.config, "num_channels", 3), height, width, generator=draw) for _ in range(8)]
+        return [torch.randn(1, *images(model), generator=draw) for _ in range(8)]
     low = min(3, model.config.vocab_size - 1)
     return list(torch.randint(low, model.config.vocab_size, (8, 1, 16), generator=draw))
 
@@ -135,8 +139,10 @@ def _export(model: nn.Module, target: str, path: Path, asked: list[Tensor]) -> l
     if hasattr(form, "lacks") and form.lacks():
         return [Proof(f"{target} holds the trained weights", READER, None, form.lacks(), "")]
     try:
-        first = _weights(model, target, form.read(path), form.types(path) if hasattr(form, "types") else {})
+        gone, left_out = form.unused(path) if hasattr(form, "unused") else ([], [])
+        first = _weights(model, target, form.read(path), form.types(path) if hasattr(form, "types") else {}, gone)
     except QatlasError as error:
+        left_out = []
         first = Proof(f"{target} holds the trained weights", READER, False, str(error))
     proofs = [first]
     ids = [rows[0].tolist() for rows in asked]
@@ -148,6 +154,8 @@ def _export(model: nn.Module, target: str, path: Path, asked: list[Tensor]) -> l
                             f"logits of {len(ids)} prompts {'equal' if same else f'differ by up to {float((ours - theirs).abs().max()):.1e}'}"))
     if first.passed and hasattr(form, "model"):
         proofs.append(_loaded(model, target, path, form.model, asked))
+    if first.passed and hasattr(form, "answers"):
+        proofs.append(_computed(model, target, path, form.answers, asked, left_out))
     if first.passed and hasattr(form, "engine"):
         proofs.append(_engine(model, target, path, form.engine, asked))
     return proofs
@@ -167,14 +175,34 @@ def _loaded(model: nn.Module, target: str, path: Path, load: Any, asked: list[Te
     return Proof(claim, reader, same, f"logits of {len(asked)} prompts {'equal' if same else f'differ{off}'}")
 
 
-def _weights(model: nn.Module, target: str, found: dict[str, Tensor], types: Mapping[str, int]) -> Proof:
-    ours = checkpoint(model).tensors
+def _weights(model: nn.Module, target: str, found: dict[str, Tensor], types: Mapping[str, int], gone: Sequence[str] = ()) -> Proof:
+    """gone: tensors that a file with the whole computation does not hold because it does not use them; that it does not, its logits show."""
+    ours = {name: t for name, t in checkpoint(model).tensors.items() if name not in gone}
     values = {name: t.dequantize() if isinstance(t, QTensor) else t.float() for name, t in ours.items()}
     wrong = [name for name, t in values.items() if name not in found or not torch.equal(t, found[name])]
     count = sum(isinstance(t, QTensor) for t in ours.values())
-    kinds = f", as {', '.join(f'{n} {kind}' for kind, n in types.items())}" if types else ""
-    result = f"{len(wrong)} tensors differ, for instance {wrong[0]}" if wrong else f"{len(ours)} tensors ({count} quantized) equal bit for bit{kinds}"
+    more = f", as {', '.join(f'{n} {kind}' for kind, n in types.items())}" if types else ""
+    more += f"; {len(gone)} that the computation does not use" if gone else ""
+    result = f"{len(wrong)} tensors differ, for instance {wrong[0]}" if wrong else f"{len(ours)} tensors ({count} quantized) equal bit for bit{more}"
     return Proof(f"{target} holds the trained weights", READER, not wrong, result)
+
+
+def _computed(model: nn.Module, target: str, path: Path, ask: Any, asked: list[Tensor], left_out: Sequence[str]) -> Proof:
+    bare = f"with its inputs in full precision: the target leaves {len(left_out)} quantizers out"
+    claim = f"{target} computes what the trained model computes" + (f", {bare}" if left_out else "")
+    quantized = not left_out and any(q.on for q in _activations(model))
+    limit = TIES if quantized else SUMS
+    tolerance = f"{limit:g} of the largest logit: sums run in another order" + (", ties of activations fall either way" if quantized else "")
+    with _inputs_off(model) if left_out else contextlib.nullcontext():
+        ours = _answers(model, asked)
+    try:
+        theirs = ask(path, asked)
+    except QatlasError as error:
+        return Proof(claim, "onnxruntime", False, str(error), tolerance)
+    off, most = float((ours - theirs).abs().max()), float(ours.abs().max())
+    same = int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+    result = f"logits within {off:.1e}, the largest being {most:.2g}; the same first answer on {same} of {len(ours)} inputs"
+    return Proof(claim, "onnxruntime", off <= limit * most, result, tolerance)
 
 
 def _engine(model: nn.Module, target: str, path: Path, ask: Any, asked: list[Tensor]) -> Proof:
@@ -205,9 +233,8 @@ def _answers(model: Any, asked: list[Tensor]) -> Tensor:
 @contextlib.contextmanager
 def _inputs_off(model: nn.Module) -> Iterator[None]:
     """Quantizers of activations off, and the attention that transformers takes by itself: a file of weights holds neither."""
-    layers = [layer for layer in model.modules() if isinstance(layer, Layer)]
     inside = list(installed(model).values())
-    found = [(q, q.on) for q in (*inside, *(q for layer in layers for q in (layer.input_quantizer, layer.output_quantizer))) if q is not None]
+    found = [(q, q.on) for q in _activations(model)]
     other: Any = model
     for quantizer, _ in found:
         quantizer.on = False
@@ -220,3 +247,9 @@ def _inputs_off(model: nn.Module) -> Iterator[None]:
             other.set_attn_implementation(attention.NAME)
         for quantizer, on in found:
             quantizer.on = on
+
+
+def _activations(model: nn.Module) -> list[Quantizer]:
+    """All quantizers of activations, on or off."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Layer)]
+    return [*installed(model).values(), *(q for layer in layers for q in (layer.input_quantizer, layer.output_quantizer) if q is not None)]
