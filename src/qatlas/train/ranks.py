@@ -231,6 +231,7 @@ def unsynced(accelerator: Accelerator, wrapped: Any, on: bool) -> Iterator[None]
 def whole(t: Any) -> Tensor:
     """A tensor that may be in pieces, whole on every process.
 
+    >>> import torch
     >>> whole(torch.ones(1))
     tensor([1.])
     """
@@ -248,6 +249,7 @@ def written(t: Any) -> Tensor:
 def cut(value: Tensor, like: Any) -> Tensor:
     """A whole tensor that every process has, cut as `like` is.
 
+    >>> import torch
     >>> cut(torch.ones(1), torch.zeros(1))
     tensor([1.])
     """
