@@ -40,7 +40,7 @@ class Job:
         resume: go on from the resume points in out.
         length: tokens of a window (lm, chat) or of a sentence.
         batch: rows of an optimizer step.
-        micro: rows of one forward; smaller needs less memory and changes nothing else.
+        micro: rows of one forward; smaller needs less memory; activations with one fresh scale a tensor then have one a part.
         precision: no (fp32) or bf16, where the chip has it.
         watch: judge the model every so many steps; 0 never.
         save_every: steps between resume points; by default one a minute.

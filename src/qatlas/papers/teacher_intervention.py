@@ -184,7 +184,7 @@ def teacher_intervention(model: nn.Module, task: Task, *, mode: Mode = "gradual"
         RunError: a teacher of another depth, width or vocabulary; more first steps than steps.
         RuleError: attention that cannot be looked into; a map to replace in a model that makes Q, K and V by one matrix.
     """
-    first = max(1, steps // 10) if first is None else first
+    first = min(max(1, steps // 10), steps - 1) if first is None else first
     if not 0 <= first < steps:
         raise RunError(f"first={first} steps with intervention of {steps} in all: the second part needs at least one")
     turn(mode, 0, 1)                                               # a wrong mode fails before anything moves

@@ -34,7 +34,8 @@ class Run:
     seed: of batches, dropout and all else that is drawn.
     resume: go on from out/state.
     precision: "no" computes in fp32; "bf16" multiplies in bfloat16 (autocast), masters and moments stay fp32.
-    micro: rows of one forward on one device; None takes a rank's whole share of the batch. Smaller needs less memory and changes nothing else.
+    micro: rows of one forward on one device; None takes a rank's whole share of the batch. Smaller needs less memory; the
+    loss is the same but for what is measured in each forward (a fresh scale of a whole tensor) and for imitation in Chat, whose terms count rows.
     save_every: steps between resume points; None writes one every `save_seconds`.
     tactics: join those of every fit (a watch, a logger); set after making. histories: of the fits so far. plan: the first fit raises `Planned` with
     what it would cost.
