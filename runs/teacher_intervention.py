@@ -4,7 +4,8 @@
     vit  vit_token  the CIFAR-10 ViT (runs/cifar_vit.py), one scale a tensor; and a token
     stories         stories260k, a Llama (runs/stories260k.py), on text that it wrote itself
 
-All rows of a table start from the same teacher and have the same numbers, losses, steps, and batches in the same order; the second part draws dropout anew, so plain and the others drop differently:
+All rows of a table start from the same teacher and have the same numbers, losses, steps and batches in the same order. The second part draws dropout
+anew, so that plain and the others drop differently:
 
     plain       TernaryBERT with Teacher Intervention's four losses: one schedule over all steps
     restart     the boring control: the same, the learning rate (and Adam) starting anew after the first part
