@@ -2,7 +2,8 @@
 
 Every row is the zoo's architecture (a Llama of 3.4 million parameters, tied head) with its weights drawn anew from the run's seed; the same text in
 the same order for the same seed, the same number of steps, the zoo's tokenizer. Judged by the perplexity of the held-out text, in full precision or
-with the quantizers whole. Each row at each learning rate, since quantized models want higher ones: what is compared is each row at its best.
+with the quantizers whole. Quantized models want higher learning rates, so each row has its own: tried at seed 0, on the text that also judges (a choice
+among two, the same freedom for every row), kept for the other seeds.
 
     full precision              the same optimizer, rates and decay, no quantizer
     full precision, SubLN       the control: what the norms are worth by themselves
@@ -12,9 +13,9 @@ with the quantizers whole. Each row at each learning rate, since quantized model
     b1, SubLN                   the sign
 
 The paper's claims at this size: full precision < b1.58 < b1 in perplexity; SubLN with the higher rate better than none; two stages no worse than one
-cosine. The text is small: 400 steps are about one epoch, and more than three measure memory, not language.
+cosine. The text is small: 800 steps of 1,024 tokens are about one epoch, and more than three measure memory, not language.
 
-    python runs/bitnet_zoo.py [--out out/bitnet_zoo] [--seeds 3] [--steps 400] [--lrs 1.5e-3 4.5e-3]
+    python runs/bitnet_zoo.py [--out out/bitnet_zoo] [--seeds 3] [--steps 400] [--lrs 1.5e-3 4.5e-3] [--page docs/results.md]
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import between
 
 from qatlas.layers.norm import Norm
 from qatlas.model.load import load
@@ -59,40 +61,62 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lrs", type=float, nargs="+", default=[1.5e-3, 4.5e-3])
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--page", help="the file whose section is made anew")
     given = parser.parse_args()
     out = Path(given.out)
-    results: dict[str, dict[str, list[float]]] = {}
-    for row in ROWS:
-        for lr in given.lrs:
-            kept = [one(out, row, lr, seed, given) for seed in range(given.seeds)]
-            results.setdefault(row, {})[f"{lr:g}"] = [run["perplexity"] for run in kept]
-    (out / "results.json").write_text(json.dumps({"perplexity": results, "arguments": vars(given)}, indent=1))
-    print("| | " + " | ".join(f"lr {lr:g}" for lr in given.lrs) + " |\n|---|" + "---|" * len(given.lrs))
-    for row, each in results.items():
-        print(f"| {row} | " + " | ".join(told(values) for values in each.values()) + " |")
+    tried = {row: [one(out, row, lr, 0, given) for lr in given.lrs] for row in ROWS}
+    best = {row: min(runs, key=lambda run: run["perplexity"]) for row, runs in tried.items()}
+    chosen = {row: [best[row]] for row in ROWS}
+    for seed in range(1, given.seeds):
+        for row in ROWS:
+            chosen[row].append(one(out, row, best[row]["lr"], seed, given))
+    text = section(tried, chosen, given)
+    print(text)
+    if given.page:
+        page = Path(given.page)
+        page.write_text(between(page.read_text(), "bitnet", text))
+
+
+def one(out: Path, row: str, lr: float, seed: int, given: argparse.Namespace) -> dict[str, Any]:
+    """One trained run, kept as a small file; a run that is there already is not repeated."""
+    where = out / f"{row.replace(',', '').replace(' ', '-')}-lr{lr:g}-s{seed}.json"
+    settings = {"row": row, "lr": lr, "seed": seed, "steps": given.steps, "batch": given.batch, "length": given.length}
+    if where.exists():
+        kept = json.loads(where.read_text())
+        if any(kept[key] != value for key, value in settings.items()):
+            raise SystemExit(f"{where} was made with other settings; name another --out")
+        return kept
+    began = time.process_time()
+    model, tokenizer = load(MODEL)
+    task = LanguageModelling(DATA, tokenizer, length=given.length, batch=given.batch, run=Run(None, seed=seed))
+    train(model, task, row, lr, given.steps)
+    losses = task.run.histories[0].loss
+    kept = settings | evaluate(model, task) | {"losses": losses[::10], "cpu_seconds": time.process_time() - began}
+    out.mkdir(parents=True, exist_ok=True)
+    where.write_text(json.dumps(kept))
+    print(where.stem, f"{kept['perplexity']:.3f}", f"{kept['cpu_seconds']:.0f} s", flush=True)
+    return kept
+
+
+def section(tried: dict[str, list[dict[str, Any]]], chosen: dict[str, list[dict[str, Any]]], given: argparse.Namespace) -> str:
+    """The table: each row at its best rate, its two rates at seed 0, and seed by seed against its control."""
+    against = {"full precision, SubLN": "full precision", "b1.58": "full precision", "b1.58, SubLN": "b1.58", "b1.58, SubLN, one cosine": "b1.58, SubLN",
+               "b1, SubLN": "b1.58, SubLN"}
+    lines = ["| | perplexity | learning rate | " + " | ".join(f"seed 0 at {lr:g}" for lr in given.lrs) + " | against | lower in |",
+             "|---" * (len(given.lrs) + 5) + "|"]
+    for row, runs in chosen.items():
+        other, below = against.get(row, ""), ""
+        if other:
+            below = f"{sum(a['perplexity'] < b['perplexity'] for a, b in zip(runs, chosen[other], strict=True))} of {len(runs)} seeds"
+        lines.append(f"| {row} | {told([run['perplexity'] for run in runs])} | {runs[0]['lr']:g} | "
+                     + " | ".join(f"{run['perplexity']:.2f}" for run in tried[row]) + f" | {other} | {below} |")
+    return "\n".join(lines) + "\n"
 
 
 def told(values: list[float]) -> str:
     """Mean and spread."""
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
-
-
-def one(out: Path, row: str, lr: float, seed: int, given: argparse.Namespace) -> dict[str, Any]:
-    """One trained run, kept in its own directory; a run that is there already is not repeated, one that was broken off goes on."""
-    where = out / f"{row.replace(',', '').replace(' ', '-')}-lr{lr:g}-s{seed}"
-    if (where / "kept.json").exists():
-        return json.loads((where / "kept.json").read_text())
-    began = time.perf_counter()
-    model, tokenizer = load(MODEL)
-    task = LanguageModelling(DATA, tokenizer, length=given.length, batch=given.batch, run=Run(where, seed=seed, resume=where.exists()))
-    train(model, task, row, lr, given.steps)
-    kept = evaluate(model, task) | {"losses": task.run.histories[0].loss, "seconds": time.perf_counter() - began}
-    where.mkdir(parents=True, exist_ok=True)
-    (where / "kept.json").write_text(json.dumps(kept))
-    task.run.finish()
-    print(where.name, f"{kept['perplexity']:.3f}", f"{kept['seconds']:.0f} s", flush=True)
-    return kept
 
 
 def train(model: torch.nn.Module, task: LanguageModelling, row: str, lr: float, steps: int) -> None:
