@@ -2,8 +2,8 @@
 
 Every row is the zoo's architecture (a Llama of 3.4 million parameters, tied head) with its weights drawn anew from the run's seed; the same text in
 the same order for the same seed, the same number of steps, the zoo's tokenizer. Judged by the perplexity of the held-out text, in full precision or
-with the quantizers whole. Quantized models want higher learning rates, so each row has its own: tried at seed 0, on the text that also judges (a choice
-among two, the same freedom for every row), kept for the other seeds.
+with the quantizers whole. Quantized models want higher learning rates, so each row has its own: tried at seed 0, on the text that also judges (a
+choice among two, the same freedom for every row), and kept for the other seeds.
 
     full precision              the same optimizer, rates and decay, no quantizer
     full precision, SubLN       the control: what the norms are worth by themselves
@@ -101,8 +101,8 @@ def one(out: Path, row: str, lr: float, seed: int, given: argparse.Namespace) ->
 
 def section(tried: dict[str, list[dict[str, Any]]], chosen: dict[str, list[dict[str, Any]]], given: argparse.Namespace) -> str:
     """The table: each row at its best rate, its two rates at seed 0, and seed by seed against its control."""
-    against = {"full precision, SubLN": "full precision", "b1.58": "full precision", "b1.58, SubLN": "b1.58", "b1.58, SubLN, one cosine": "b1.58, SubLN",
-               "b1, SubLN": "b1.58, SubLN"}
+    against = {"full precision, SubLN": "full precision", "b1.58": "full precision", "b1.58, SubLN": "b1.58",
+               "b1.58, SubLN, one cosine": "b1.58, SubLN", "b1, SubLN": "b1.58, SubLN"}
     lines = ["| | perplexity | learning rate | " + " | ".join(f"seed 0 at {lr:g}" for lr in given.lrs) + " | against | lower in |",
              "|---" * (len(given.lrs) + 5) + "|"]
     for row, runs in chosen.items():
