@@ -3,7 +3,7 @@
     load -> judge in full precision -> the paper (quantize, judge, train) -> judge -> pack -> export -> read back -> report
 
 `Job` (see prepare) is what all papers share and no paper repeats: the model, the data, the target, the directory, the seed. A paper's own arguments
-are those of its function. `run` is what `qatlas run` and `qatlas demo` call; `plan` stops before training. A model that the target does not know is
+are those of its function. `run` is what `qatlas run` and `qatlas demo` call; `plan` tries a few steps. A model that the target does not know is
 refused before anything is judged, numbers that it cannot hold before anything is trained.
 """
 
@@ -31,10 +31,9 @@ from .model.coverage import describe
 from .model.pack import pack
 from .model.verify import verify
 from .prepare import Job, prepare
-from .record import Record, Watch, weight_errors
+from .record import Record, Watch, peak_memory, weight_errors
 from .report import report
 from .train.evaluate import evaluate
-from .train.fit import Planned
 from .train.run import Run
 from .train.task import Task
 
@@ -137,7 +136,9 @@ def _keep(record: Record, model: nn.Module, tokenizer: Any, task: Task, job: Job
 
 
 def plan(name: str, arguments: dict[str, Any], job: Job) -> dict[str, Any]:
-    """What a run would do: coverage, refusals, steps, tokens, memory and time expected. Nothing is written.
+    """What a run would do: coverage, refusals, steps, tokens, memory and time expected. A few steps of each phase are tried; nothing is written.
+
+    Seconds are of loading, judging and training; packing, exporting and reading back are left out. Memory is the largest up to the trained model.
 
     Raises:
         QatlasError: what would stop the run.
@@ -146,18 +147,30 @@ def plan(name: str, arguments: dict[str, Any], job: Job) -> dict[str, Any]:
     find_target(job.target) if job.target else None
     torch.set_num_threads(job.threads) if job.threads else None
     control = Run(None, seed=job.seed, precision=job.precision, micro=job.micro)
-    control.plan = True
+    costs = control.plan = []
     torch.manual_seed(job.seed)
-    model, _, task = prepare(job, control)
+    (model, _, task), loading = _clocked(lambda: prepare(job, control))
     parameters = sum(p.numel() for p in model.parameters())       # before scales are added
-    try:
-        paper(model, task, **arguments)
-    except Planned as stop:
-        cover = describe(model)
-        held = f"none: {job.target} holds every tensor" if job.target else "none: no target is asked for"
-        return {"model": job.model, "parameters": parameters, "target": job.target or "the packed directory",
-                "refusals": held, "bits": round(cover.bits, 3), "coverage": cover.table(), **stop.estimate}
-    raise RunError(f"the paper {name} trains nothing, so there is nothing to plan")
+    _, full = _clocked(lambda: evaluate(model, task))
+    model, own = _clocked(lambda: paper(model, task, **arguments))
+    if not costs:
+        raise RunError(f"the paper {name} trains nothing, so there is nothing to plan")
+    _, judging = _clocked(lambda: evaluate(model, task))
+    cover, steps = describe(model, task.probe()), sum(cost.steps for cost in costs)
+    training = sum(cost.seconds for cost in costs)
+    around = own - sum(sum(history.seconds) for history in control.histories)                 # what the paper does outside of its steps
+    times = 2 + ((steps - 1) // job.watch if job.watch else 0)    # before the first step, along the way, after the last
+    held = f"none: {job.target} holds every tensor" if job.target else "none: no target is asked for"
+    return {"model": job.model, "parameters": parameters, "target": job.target or "the packed directory", "refusals": held,
+            "bits": round(cover.bits, 3), "coverage": cover.table(), "phases": ", ".join(f"{cost.steps} steps" for cost in costs), "steps": steps,
+            "tokens": sum(cost.tokens for cost in costs), "seconds a step": training / steps, "training": training,
+            "judging": full + times * judging, "seconds": loading + full + around + training + times * judging, "peak memory": peak_memory()}
+
+
+def _clocked(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What it returns, and its seconds."""
+    began = time.perf_counter()
+    return work(), time.perf_counter() - began
 
 
 @torch.no_grad()
@@ -196,3 +209,4 @@ def _timed(record: Record, stage: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     record.times[stage] = record.times.get(stage, 0.0) + time.perf_counter() - began
+    record.memory[stage] = peak_memory()

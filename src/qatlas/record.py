@@ -40,8 +40,8 @@ class Record:
 
     history: one dict of lists a fit (see train.tactic.History). curve: (step, metrics) of held-out scores along the way. coverage: rows of
     model.coverage. errors: layer -> relative error of its weight, |w - hard|^2 / |w|^2, before and after training. samples: stage -> text.
-    proofs: what was compared with what, and how it came out. job: what all papers share (see job.Job). sums: file, relative to the directory, ->
-    sha256.
+    proofs: what was compared with what, and how it came out. memory: the largest up to the end of each stage. job: what all papers share (see
+    job.Job). sums: file, relative to the directory, -> sha256.
     """
 
     paper: str
@@ -63,6 +63,7 @@ class Record:
     samples: dict[str, str] = field(default_factory=dict)
     proofs: list[dict[str, Any]] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
     job: dict[str, Any] = field(default_factory=dict)
     sums: dict[str, str] = field(default_factory=dict)
     peak_memory: int = 0
@@ -123,7 +124,7 @@ class Watch(Tactic):
 
     def state_dict(self) -> dict[str, Any]:
         kept = self._record
-        return {"scores": kept.scores, "curve": kept.curve, "errors": kept.errors, "times": kept.times}
+        return {"scores": kept.scores, "curve": kept.curve, "errors": kept.errors, "times": kept.times, "memory": kept.memory}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
@@ -163,7 +164,9 @@ def machine() -> dict[str, Any]:
 
 
 def peak_memory() -> int:
-    """The process's largest resident size so far, in bytes."""
+    """The largest so far, in bytes: what torch asked of the GPU where there is one, else the process's resident size."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -58,6 +58,8 @@ def plan(found: dict[str, Any]) -> None:
 def _said(name: str, value: Any) -> str:
     if name == "peak memory":
         return f"{value / 2**20:,.0f} MiB"
+    if name in ("training", "judging", "seconds"):
+        return f"{value:,.0f} s"
     return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 

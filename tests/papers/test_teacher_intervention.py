@@ -13,7 +13,6 @@ from qatlas.model import signals
 from qatlas.model.taps import read
 from qatlas.papers.teacher_intervention import POINTS, Intervened, Intervention, stops, teacher_intervention, turn
 from qatlas.papers.ternarybert import ternarize
-from qatlas.train.fit import Planned
 from qatlas.train.imitate import Imitation, find
 from qatlas.train.run import Run
 from qatlas.train.tactic import Tactic
@@ -241,15 +240,14 @@ def test_what_the_losses_read_is_the_students_own():
     assert torch.equal(own[address], plain[address]) and not torch.equal(own[address], theirs[address])
 
 
-def test_a_plan_is_of_all_steps():
+def test_a_plan_is_of_both_parts():
     task = sentences(Run(progress=False))
-    task.run.plan = True
-    with pytest.raises(Planned) as stop:
-        teacher_intervention(bert(), task, steps=40)
-    assert stop.value.estimate["steps"] == 40
+    task.run.plan = []
+    teacher_intervention(bert(), task, steps=40)
+    assert [cost.steps for cost in task.run.plan] == [4, 36] and all(cost.seconds > 0 for cost in task.run.plan)
     with pytest.raises(RuleError, match="cannot be told apart"):
         other = text(run=Run(progress=False))
-        other.run.plan = True
+        other.run.plan = []
         teacher_intervention(gpt2(), other, mode="map", steps=40)
 
 

@@ -198,9 +198,6 @@ def teacher_intervention(model: nn.Module, task: Task, *, mode: Mode = "gradual"
     aware = [Curvature()] if loss_aware else []
     if first:
         at = Intervention(mode, {point: Intervened(task, taught, model, point, **terms) for point in sorted(points)})
-    if first and task.run.plan:
-        first = 0                                                 # the plan of the one fit that it makes is that of all steps
-    if first:
         train(task, optimizer=adam(adamw, lr if first_lr is None else first_lr, weight_decay), steps=first, tactics=[at, *aware])
     train(task.later(first), optimizer=adam(adamw, lr, weight_decay), steps=steps - first, tactics=aware)
     return model

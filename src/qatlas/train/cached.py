@@ -53,7 +53,7 @@ def cached(directory: str | Path | None, teacher: Teacher | SelfTeacher, task: T
     Raises:
         CheckpointError: a cache of another teacher, k or precision, or one that cannot be read.
     """
-    if directory is None or task.run.plan:
+    if directory is None or task.run.plan is not None:
         return teacher
     found = CachedTeacher(directory, teacher, k)
     found.fill(task, steps)

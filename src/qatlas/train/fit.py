@@ -13,7 +13,6 @@ trained parameters in less are widened. The random state of the process is set f
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from torch import nn
 
 from ..core.error import RunError
 from .optim import AdamW, Optimizer, only, set_rates, trained
+from .plan import TRIED, Cost, cost
 from .point import point_of
 from .ranks import shared, unsynced, whole
 from .resume import Phase, Point, described, fingerprint, load_optimizer, load_random, load_state, random_state
@@ -49,9 +49,9 @@ def fit(model: nn.Module, task: Task, *, train: str | Sequence[str] = "*", optim
     if steps < 1:
         raise RunError(f"steps={steps}: a fit needs at least one step")
     run, optimizer, schedule, objective = task.run, optimizer or AdamW(), schedule or constant(), loss or task.loss
+    if run.plan is not None:
+        return _try(model, task, run.plan, train=train, optimizer=optimizer, schedule=schedule, steps=steps, loss=loss, tactics=tactics, clip=clip)
     tactics = (*tactics, *run.tactics)
-    if run.plan:
-        raise Planned(estimate(model, task, train=train, optimizer=optimizer, schedule=schedule, steps=steps, loss=loss, clip=clip))
     accelerator = Accelerator(mixed_precision="no", log_with="tensorboard" if run.tensorboard else None, project_dir=run.out)
     check_precision(run.precision, accelerator.device)
     trained(model, train) if not tactics else None                # a wrong glob fails before anything moves
@@ -81,24 +81,16 @@ def fit(model: nn.Module, task: Task, *, train: str | Sequence[str] = "*", optim
     return loop.history
 
 
-class Planned(Exception):
-    """Raised by the first fit of a planned run, in place of training. `estimate`: what it would have cost."""
-
-    def __init__(self, estimate: dict[str, Any]) -> None:
-        super().__init__("planned, not trained")
-        self.estimate = estimate
-
-
-def estimate(model: nn.Module, task: Task, *, steps: int, **arguments: Any) -> dict[str, Any]:
-    """Cost of a fit, from three steps that are really taken (the model is spoilt): seconds, and the largest memory of the process in bytes."""
+def _try(model: nn.Module, task: Task, costs: list[Cost], *, steps: int, **arguments: Any) -> History:
+    """A few steps in place of all: of a planned run."""
     real, task.run = task.run, Run(None, seed=task.run.seed, precision=task.run.precision, micro=task.run.micro, progress=False)
     try:
-        history = fit(model, task, steps=3, **arguments)
+        history = fit(model, task, steps=min(steps, TRIED), **arguments)
     finally:
         task.run = real
-    step = sorted(history.seconds)[1]
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"steps": steps, "tokens": history.tokens[0] * steps, "seconds a step": step, "seconds": step * steps, "peak memory": peak}
+    costs.append(cost(history, steps))
+    task.run.histories.append(history)
+    return history
 
 
 def _begin(loop: Loop, train: str | Sequence[str], tactics: Sequence[Tactic], point: Point | None) -> None:

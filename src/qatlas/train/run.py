@@ -21,6 +21,7 @@ from .resume import Phase
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from .plan import Cost
     from .tactic import History, Tactic
 
 LEFT = ("state", "record.json", "model*.safetensors", "config.json", "tokenizer.json", "report.html", "exports")     # a run, or another model
@@ -37,8 +38,8 @@ class Run:
     micro: rows of one forward on one device; None takes a rank's whole share of the batch. Smaller needs less memory; the
     loss is the same but for what is measured in each forward (a fresh scale of a whole tensor) and for imitation in Chat, whose terms count rows.
     save_every: steps between resume points; None writes one every `save_seconds`.
-    tactics: join those of every fit (a watch, a logger); set after making. histories: of the fits so far. plan: the first fit raises `Planned` with
-    what it would cost.
+    tactics: join those of every fit (a watch, a logger); set after making. histories: of the fits so far. plan: None; a list makes each fit note
+    there what it would cost, after a few steps, without the tactics of the run.
     progress: a progress bar, where standard error is a terminal. tensorboard: curves in out/tensorboard.
 
     Raises:
@@ -52,7 +53,7 @@ class Run:
         self.save_every, self.save_seconds, self.phases = save_every, save_seconds, 0
         self.tactics: tuple[Tactic, ...] = ()
         self.histories: list[History] = []
-        self.plan = False
+        self.plan: list[Cost] | None = None
         if precision not in PRECISIONS:
             raise RunError(f"there is no precision {precision!r}; there are {', '.join(PRECISIONS)}")
         for name, value in (("micro", micro), ("save_every", save_every)):
