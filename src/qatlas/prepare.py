@@ -18,9 +18,10 @@ from .export import Checkpoint
 from .export import target as find_target
 from .model.load import load, speciality
 from .model.probe import undisturbed
+from .train.chat import Chat
 from .train.labelled import Classification, Images
 from .train.run import Run
-from .train.task import Chat, LanguageModelling, Task
+from .train.task import LanguageModelling, Task
 
 TASKS = {"lm": LanguageModelling, "chat": Chat, "classification": Classification, "image": Images}
 

@@ -27,12 +27,12 @@ from qatlas.train import cached as module
 from qatlas.train import loss
 from qatlas.train.answers import Answers
 from qatlas.train.cached import CachedTeacher, cached, kept, keys, predicted
+from qatlas.train.chat import Chat
 from qatlas.train.fit import fit
 from qatlas.train.labelled import Classification, Images
 from qatlas.train.optim import AdamW
 from qatlas.train.run import Run
 from qatlas.train.tactic import Tactic
-from qatlas.train.task import Chat
 from qatlas.train.teacher import Distil, SelfTeacher, Teacher
 
 QUIET = Run(progress=False)
