@@ -159,7 +159,7 @@ def test_inputs_are_trained_as_the_format_says(small, tmp_path):
 
 def test_what_a_killed_save_left_is_taken_away(small, tmp_path):
     out = tmp_path / "out"
-    for name in (".model", "..model.part-77"):
+    for name in (".model", "..model.77.part"):
         (out / name).mkdir(parents=True)
         (out / name / "model.safetensors").write_bytes(b"half")
     run("lsq", ARGUMENTS, replace(small, out=str(out)))
