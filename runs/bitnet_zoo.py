@@ -15,7 +15,7 @@ choice among two, the same freedom for every row), and kept for the other seeds.
 The paper's claims at this size: full precision < b1.58 < b1 in perplexity; SubLN with the higher rate better than none; two stages no worse than one
 cosine. The text is small: 800 steps of 1,024 tokens are about one epoch, and more than three measure memory, not language.
 
-    python runs/bitnet_zoo.py [--out out/bitnet_zoo] [--seeds 3] [--steps 400] [--lrs 1.5e-3 4.5e-3] [--page docs/results.md]
+    python runs/bitnet_zoo.py [--out out/bitnet_zoo] [--seeds 3] [--steps 400] [--lrs 5e-4 1.5e-3] [--page docs/results.md]
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--out", default="out/bitnet_zoo")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--lrs", type=float, nargs="+", default=[1.5e-3, 4.5e-3])
+    parser.add_argument("--lrs", type=float, nargs="+", default=[5e-4, 1.5e-3])
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--page", help="the file whose section is made anew")

@@ -13,8 +13,9 @@ from types import ModuleType
 from typing import Any
 
 import qatlas
+from qatlas.core.floats import Float
 from qatlas.core.grain import Block, Group, PerChannel, PerTensor
-from qatlas.core.grid import Float, Uniform
+from qatlas.core.grid import Uniform
 from qatlas.core.noun import Noun
 from qatlas.core.quantizer import Quant
 from qatlas.core.scale import AbsMax

@@ -18,6 +18,7 @@ from small import FLAGS, WORDS, write_llama
 
 from qatlas import cli, job
 from qatlas.cli import COMMANDS, main
+from qatlas.core.error import DataError
 from qatlas.record import Record, versions
 
 TARGET = "gguf:q4_0"
@@ -67,6 +68,19 @@ def test_what_a_run_leaves_behind(made):
                     "exports/gguf-q4_0/model.gguf", "record.json", "report.html"}
     assert not (out / "state").exists()
     assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "qatlas"
+
+
+def test_the_built_in_text_is_told(llama_dir, monkeypatch, capsys):
+    """Nobody trains on Python's documentation without knowing."""
+    def stop(*_):
+        raise DataError("enough")
+
+    monkeypatch.setattr("qatlas.job.prepare", stop)
+    assert main(["run", "lsq", "--model", str(llama_dir)]) == 2
+    assert [line for line in capsys.readouterr().err.splitlines() if "builtin:docs" in line and "--data" in line]
+    for flags in (["--model", str(llama_dir), "--data", "a.txt"], ["--model", "zoo:gpt"]):
+        assert main(["run", "lsq", *flags]) == 2
+        assert "builtin:docs" not in capsys.readouterr().err
 
 
 def test_the_record_tells_the_run(made, llama_dir, text_file):

@@ -10,7 +10,7 @@ import torch
 from small import write_llama
 
 from qatlas import keep
-from qatlas.core.error import DataError, FormatError, RuleError, RunError
+from qatlas.core.error import DataError, FormatError, QatlasError, RuleError, RunError
 from qatlas.export import compressed_tensors
 from qatlas.job import generate, plan, run
 from qatlas.model.load import load
@@ -108,6 +108,47 @@ def test_a_sentence_classifier_is_seen_by_its_configuration(small, tmp_path, lla
         prepare(replace(small, model=str(folder), data=str(rows), target="gguf:q4_0"), Run(None))
 
 
+def test_words_as_labels_are_told_and_kept(small, tmp_path, monkeypatch, llama_dir):
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    words = AutoTokenizer.from_pretrained(llama_dir)
+    words.pad_token = words.eos_token
+    model = BertForSequenceClassification(BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=3))
+    monkeypatch.setattr("qatlas.prepare.load", lambda *_: (model, words))
+    rows = tmp_path / "rows.csv"
+    rows.write_text("sentence,label\n" + "the cat sat,good\na red barn,bad\n" * 30)
+    said = []
+    prepare(replace(small, task="classification", data=str(rows)), Run(None, progress=False), said.append)
+    assert said == ["labels: 0 is bad, 1 is good"]
+    assert model.config.id2label == {0: "bad", 1: "good", 2: "LABEL_2"} and model.config.label2id["good"] == 1 and model.config.num_labels == 3
+    rows.write_text("sentence,label\n" + "a,b\na,c\na,d\na,e\n" * 30)
+    with pytest.raises(DataError, match="labels 0 to 3"):
+        prepare(replace(small, task="classification", data=str(rows)), Run(None, progress=False))
+
+
+@pytest.mark.parametrize("doing", [run, plan])
+@pytest.mark.parametrize("paper, arguments, said", [
+    ("lsq", {"bits": 9}, "bits=9"), ("lsq", {"bits": 9, "distil": True}, "bits=9"), ("lsq", {"input_bits": 1}, "input_bits=1"),
+    ("lsq", {"teacher_cache": "x"}, "distil"), ("lsq", {"bist": 4}, "nearest: bits"), ("paretoq", {"bits": 5}, "bits=5"),
+    ("bitnet", {"bits": 2}, "bits=2"), ("bitnet", {"sub_norm": True}, "sub_norm"), ("teacher_intervention", {"mode": "outputt"}, "nearest: output"),
+    ("teacher_intervention", {"first": 7, "steps": 7}, "first=7")])
+def test_a_papers_arguments_are_refused_before_the_model_is_loaded(small, monkeypatch, doing, paper, arguments, said):
+    def never(*_):
+        raise AssertionError("it loads")
+
+    monkeypatch.setattr("qatlas.prepare.load", never)
+    with pytest.raises(QatlasError, match=said):
+        doing(paper, arguments, replace(small, target="gguf:tq2_0"))
+    with pytest.raises(AssertionError, match="it loads"):
+        doing(paper, {}, small)
+
+
+def test_missing_data_is_refused_before_the_model_is_loaded(small, monkeypatch):
+    monkeypatch.setattr("qatlas.prepare.load", None)
+    with pytest.raises(DataError, match="there is no file none.txt"):
+        prepare(replace(small, data="none.txt"), Run(None))
+
+
 def test_an_unknown_task(small):
     with pytest.raises(DataError, match="no task 'speech'"):
         prepare(replace(small, task="speech"), Run(None))
@@ -159,7 +200,7 @@ def test_inputs_are_trained_as_the_format_says(small, tmp_path):
 
 def test_what_a_killed_save_left_is_taken_away(small, tmp_path):
     out = tmp_path / "out"
-    for name in (".model", "..model.part-77"):
+    for name in (".model", "..model.77.part"):
         (out / name).mkdir(parents=True)
         (out / name / "model.safetensors").write_bytes(b"half")
     run("lsq", ARGUMENTS, replace(small, out=str(out)))

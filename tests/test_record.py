@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from tiny import llama, quantized, task
+from tiny import Stop, llama, quantized, task
 
 from qatlas import record as module
 from qatlas.core.error import CheckpointError
@@ -89,16 +89,6 @@ def test_a_watch_that_sleeps_scores_the_start_only():
 
 
 def test_what_was_watched_survives_a_resume(tmp_path):
-    from qatlas.train.tactic import Tactic
-
-    class Stop(Tactic):
-        def __init__(self, at):
-            self._at = at
-
-        def after(self, loop):
-            if loop.step == self._at:
-                raise KeyboardInterrupt
-
     whole, again = Record("lsq", {}, ""), Record("lsq", {}, "")
     trained(Watch(whole, 1), tmp_path / "whole", stop=Stop(None))
     with pytest.raises(KeyboardInterrupt):

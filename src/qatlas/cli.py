@@ -91,6 +91,8 @@ def _run(argv: list[str]) -> int:
     given.pop("config", None)
     job = Job(**{field.name: given.pop(field.name) for field in fields(Job)})
     quiet()
+    if job.data == Job.data and not job.model.startswith("zoo:"):
+        _say(f"data: {job.data}, Python's documentation, which ships with qatlas; give --data FILE or a hub id to train on your own")
     if job.plan:
         table.plan(plan(argv[0], given, job))
         return 0

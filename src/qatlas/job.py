@@ -58,7 +58,8 @@ def run(name: str, arguments: dict[str, Any], job: Job, command: str = "", say: 
         QatlasError: whatever the user can mend.
     """
     paper = papers.paper(name)
-    find_target(job.target) if job.target else None               # a wrong target fails before a model is loaded
+    find_target(job.target) if job.target else None               # a wrong target fails before a model is loaded, and so do a paper's arguments
+    papers.check(name, arguments, job.target)
     torch.set_num_threads(job.threads) if job.threads else None
     record = Record(name, arguments, command, job.model, job.data, target=job.target, seed=job.seed, job=vars(job))
     control = Run(job.out, seed=job.seed, resume=job.resume, precision=job.precision, micro=job.micro, save_every=job.save_every,
@@ -67,7 +68,7 @@ def run(name: str, arguments: dict[str, Any], job: Job, command: str = "", say: 
     torch.manual_seed(job.seed)
     with _timed(record, "load"):
         say(f"loading {job.model}")
-        model, tokenizer, task = prepare(job, control)
+        model, tokenizer, task = prepare(job, control, say)
     record.fingerprint = task.fingerprint
     with _timed(record, "full precision"):
         say("judging it in full precision")
@@ -145,6 +146,7 @@ def plan(name: str, arguments: dict[str, Any], job: Job) -> dict[str, Any]:
     """
     paper = papers.paper(name)
     find_target(job.target) if job.target else None
+    papers.check(name, arguments, job.target)
     torch.set_num_threads(job.threads) if job.threads else None
     control = Run(None, seed=job.seed, precision=job.precision, micro=job.micro)
     costs = control.plan = []
@@ -162,9 +164,11 @@ def plan(name: str, arguments: dict[str, Any], job: Job) -> dict[str, Any]:
     times = 2 + ((steps - 1) // job.watch if job.watch else 0)    # before the first step, along the way, after the last
     held = f"none: {job.target} holds every tensor" if job.target else "none: no target is asked for"
     return {"model": job.model, "parameters": parameters, "target": job.target or "the packed directory", "refusals": held,
-            "bits": round(cover.bits, 3), "coverage": cover.table(), "phases": ", ".join(f"{cost.steps} steps" for cost in costs), "steps": steps,
-            "tokens": sum(cost.tokens for cost in costs), "seconds a step": training / steps, "training": training,
-            "judging": full + times * judging, "seconds": loading + full + around + training + times * judging, "peak memory": peak_memory()}
+            "bits": round(cover.bits, 3), "coverage": cover.table(), "signals": cover.inside(),
+            "phases": ", ".join(f"{cost.steps} steps" for cost in costs), "steps": steps, "tokens": sum(cost.tokens for cost in costs),
+            "seconds a step": training / steps, "training": training, "judging": full + times * judging,
+            "seconds": loading + full + around + training + times * judging,
+            "peak memory": peak_memory()}
 
 
 def _clocked(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -197,7 +201,7 @@ def _sample(record: Record, stage: str, model: Any, tokenizer: Any) -> None:
 
 def _describe(record: Record, model: nn.Module, task: Task, control: Run) -> None:
     cover = describe(model, task.probe())
-    record.coverage, record.bits = cover.table(), cover.bits
+    record.coverage, record.signals, record.bits = cover.table(), cover.inside(), cover.bits
     record.rules = [rule.to_json() for rule in getattr(model, "qatlas_rules", ())]
     record.history = [dataclasses.asdict(history) for history in control.histories]
     after = weight_errors(model)

@@ -25,7 +25,7 @@ from .train.resume import sha256
 def place(model: nn.Module, out: Path, tokenizer: Any) -> list[Path]:
     """Save the packed model among the other things of a run's directory, file by file, each whole or not at all; the files."""
     aside = out / ".model"
-    for stale in (aside, *out.glob(f".{aside.name}.part-*")):     # of a run that was killed here
+    for stale in (aside, *out.glob(f".{aside.name}.*.part")):     # of a run that was killed here
         shutil.rmtree(stale, ignore_errors=True)
     save(model, aside, tokenizer)
     names = sorted(path.name for path in aside.iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from .export import Checkpoint
 from .export import target as find_target
 from .model.load import load, speciality
 from .model.probe import undisturbed
+from .train import data
+from .train.chat import Chat
 from .train.labelled import Classification, Images
 from .train.run import Run
-from .train.task import Chat, LanguageModelling, Task
+from .train.task import LanguageModelling, Task
 
 TASKS = {"lm": LanguageModelling, "chat": Chat, "classification": Classification, "image": Images}
 
@@ -68,8 +71,8 @@ class Job:
     plan: bool = False
 
 
-def prepare(job: Job, control: Run) -> tuple[nn.Module, Any, Task]:
-    """The model, its tokenizer and the task of a job.
+def prepare(job: Job, control: Run, say: Callable[[str], None] = lambda line: None) -> tuple[nn.Module, Any, Task]:
+    """The model, its tokenizer and the task of a job. `say` is told what was chosen on the way.
 
     Raises:
         DataError: a task that does not exist, or that the model has no tokenizer for. CheckpointError: a model that cannot be loaded, or holds NaN.
@@ -78,6 +81,7 @@ def prepare(job: Job, control: Run) -> tuple[nn.Module, Any, Task]:
     if job.task not in (*TASKS, "auto"):
         raise DataError(unknown("task", job.task, [*TASKS, "auto"]))
     rules = read_rules(job.rules)
+    data.present(job.data)
     kind = speciality(job.model) if job.task == "auto" else job.task
     model, tokenizer = load(job.model, "lm" if kind == "chat" else kind)
     broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
@@ -92,9 +96,26 @@ def prepare(job: Job, control: Run) -> tuple[nn.Module, Any, Task]:
         return model, tokenizer, images
     if tokenizer is None:
         raise DataError(f"{job.model} has no tokenizer, which the task {kind!r} needs; put tokenizer.json beside its weights")
-    task = TASKS[kind](job.data, tokenizer, length=job.length, batch=job.batch, target=job.target, extra_rules=rules, run=control)
+    more = {"names": _names(model)} if kind == "classification" else {}
+    task = TASKS[kind](job.data, tokenizer, length=job.length, batch=job.batch, target=job.target, extra_rules=rules, run=control, **more)
     _check_labels(job, model, task)
+    if names := getattr(task, "names", ()):
+        _name(model, names)
+        say(f"labels: {', '.join(f'{i} is {name}' for i, name in enumerate(names))}")
     return model, tokenizer, task
+
+
+def _names(model: nn.Module) -> list[str]:
+    """The names of the model's classes, in their order; LABEL_0 and so on where nobody named them."""
+    known = getattr(getattr(model, "config", None), "id2label", None) or {}
+    return [known[i] for i in sorted(known)]
+
+
+def _name(model: nn.Module, names: Sequence[str]) -> None:
+    """Keep the names of the classes in the model's config; a head with more classes keeps its own for the rest."""
+    if (config := getattr(model, "config", None)) is not None:
+        config.id2label = dict(enumerate([*names, *_names(model)[len(names) :]]))
+        config.label2id = {name: i for i, name in config.id2label.items()}
 
 
 def _check_labels(job: Job, model: nn.Module, task: Task) -> None:

@@ -39,9 +39,9 @@ class Record:
     """Everything about one run. Paths are as the user gave them; times in seconds, sizes and memory in bytes.
 
     history: one dict of lists a fit (see train.tactic.History). curve: (step, metrics) of held-out scores along the way. coverage: rows of
-    model.coverage. errors: layer -> relative error of its weight, |w - hard|^2 / |w|^2, before and after training. samples: stage -> text.
-    proofs: what was compared with what, and how it came out. memory: the largest up to the end of each stage. job: what all papers share (see
-    job.Job). sums: file, relative to the directory, -> sha256.
+    model.coverage; signals: its quantizers inside attention. errors: layer -> relative error of its weight, |w - hard|^2 / |w|^2, before and
+    after training. samples: stage -> text. proofs: what was compared with what, and how it came out. memory: the largest up to the end of each
+    stage. job: what all papers share (see job.Job). sums: file, relative to the directory, -> sha256.
     """
 
     paper: str
@@ -54,6 +54,7 @@ class Record:
     seed: int = 0
     rules: list[Any] = field(default_factory=list)
     coverage: list[dict[str, Any]] = field(default_factory=list)
+    signals: list[dict[str, Any]] = field(default_factory=list)
     bits: float = 32.0
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)

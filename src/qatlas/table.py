@@ -45,13 +45,15 @@ def proofs(found: list[dict[str, Any]]) -> None:
 
 
 def plan(found: dict[str, Any]) -> None:
-    """The coverage, one line a matrix, then what the run would cost."""
-    rows = found["coverage"]
-    wide = max((len(row["name"]) for row in rows), default=0)
+    """The coverage, one line a matrix and one a signal inside attention, then what the run would cost."""
+    rows, signals = found["coverage"], found["signals"]
+    wide = max((len(name) for name in (*(row["name"] for row in rows), *(signal["address"] for signal in signals))), default=0)
     for row in rows:
         print(f"{row['name']:{wide}}  {row['layer']:12} {'x'.join(map(str, row['shape'])):12} {row['weight']:14} input {row['input']}")
+    for signal in signals:
+        print(f"{signal['address']:{wide}}  {'signal':12} {'':12} {signal['quant']}")
     for name, value in found.items():
-        if name != "coverage":
+        if name not in ("coverage", "signals"):
             print(f"{name:16} {_said(name, value)}")
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qatlas.core.error import QuantError
-from qatlas.core.grid import Float, Grid, HalfStep, Sign, Stretched, Ternary, Uniform
+from qatlas.core.floats import Float
+from qatlas.core.grid import Grid, HalfStep, Sign, Stretched, Ternary, Uniform
 
 GRIDS = [
     *(Uniform(b) for b in range(1, 9)), *(Uniform(b, False) for b in range(1, 9)), *(Uniform(b, narrow=True) for b in range(2, 9)),

@@ -14,7 +14,7 @@ from parts import nouns
 
 from qatlas.core.error import CheckpointError
 from qatlas.core.grid import Ternary, Uniform
-from qatlas.core.noun import Noun, from_json
+from qatlas.core.noun import MOVED, Noun, from_json
 
 
 @pytest.mark.parametrize("noun", nouns(), ids=str)
@@ -37,6 +37,12 @@ def test_defaults_are_left_out_and_types_are_kept() -> None:
     assert Ternary().to_json() == {"is": "core.grid:Ternary"}
     assert Uniform(4).but(signed=None).to_json()["signed"] is None
     assert from_json([1, {"a": 2}, [3]]) == (1, {"a": 2}, (3,))
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_what_has_moved_is_found_where_files_of_before_look_for_it(old):
+    part = from_json({"is": old})
+    assert part.to_json()["is"] == MOVED[old] != old and from_json(part.to_json()) == part
 
 
 @pytest.mark.parametrize("address", ["os:system", "subprocess:Popen", "core.grid:Nothing", "core.grid:QuantError", "core.grid:torch",

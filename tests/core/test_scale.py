@@ -13,8 +13,10 @@ from qatlas.core.error import QuantError
 from qatlas.core.estimator import Clip
 from qatlas.core.grain import Group, PerChannel, PerTensor
 from qatlas.core.grid import HalfStep, Ternary, Uniform
+from qatlas.core.place import Place, decode, locate
 from qatlas.core.quantizer import Quant, Quantizer
-from qatlas.core.scale import SMALLEST, AbsMax, AbsMean, Learned, MinMax, Moving, MseSearch, Percentile, Place, Rms, Scale, decode, locate
+from qatlas.core.scale import AbsMax, AbsMean, Learned, MinMax, Moving, MseSearch, Percentile, Rms, Scale
+from qatlas.core.stored import SMALLEST
 
 seeds = st.integers(0, 2**31)
 

@@ -13,8 +13,9 @@ from tiny_llama import MATRICES, llama
 
 from qatlas import export
 from qatlas.core.error import FormatError
+from qatlas.core.floats import Float
 from qatlas.core.grain import Block, Group, PerChannel, PerTensor
-from qatlas.core.grid import Float, HalfStep, Sign, Stretched, Ternary, Uniform
+from qatlas.core.grid import HalfStep, Sign, Stretched, Ternary, Uniform
 from qatlas.core.qtensor import QTensor, Stacked
 from qatlas.core.quantizer import Quant
 from qatlas.core.scale import AbsMax, AbsMean, Learned, MinMax

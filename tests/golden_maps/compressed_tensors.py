@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from golden_cases import Answer, Case
 
+from qatlas.core.floats import Float
 from qatlas.core.grain import Grain, Group, PerChannel, PerTensor
-from qatlas.core.grid import Float, Uniform
+from qatlas.core.grid import Uniform
 from qatlas.core.qtensor import pack_bits, unpack_bits
 from qatlas.core.quantizer import Quant, Quantizer
 from qatlas.core.scale import AbsMax, MinMax

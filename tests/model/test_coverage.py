@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qatlas.core.error import RuleError
-from qatlas.core.scheme import weight
+from qatlas.core.scheme import scheme, weight
 from qatlas.model.coverage import Coverage, Row, describe
 from qatlas.model.pack import pack
 from qatlas.model.rules import Rule, keep_full, quantize, quantizers
@@ -102,6 +102,13 @@ def test_without_a_batch_nothing_is_counted_and_packed_models_are_told_too(tiny)
     packed = [row for row in after.rows if row.layer == "PackedLinear"]
     assert len(packed) == 14 and {row.bits for row in packed} == {4.0} and not after.silent
     assert after.bits == pytest.approx(before.bits)
+
+
+def test_signals_inside_attention_are_rows_for_records(tiny):
+    model = quantize(tiny.models["llama"](), [Rule("@attention:key", signal=scheme("w4a8").input), *keep_full("*")])
+    rows = describe(model, tiny.batch("llama")).inside()
+    assert [row["address"] for row in rows] == [f"model.layers.{i}.self_attn:key" for i in range(2)]
+    assert {(row["quant"], tuple(row["calls"])) for row in rows} == {("Uniform 8b", (1, 1))}
 
 
 def rules():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from small import WORDS
-from tiny import letters
+from tiny import Stop, letters
 from tiny import llama as tiny_llama
 
 from qatlas.core.error import FormatError, QatlasError, QuantError
@@ -181,16 +181,8 @@ def test_arguments_that_cannot_work(arguments):
 
 def test_it_resumes_to_the_same_bits(tmp_path):
     def one(out, stop_at=None, resume=False):
-        class Stop(Tactic):
-            def __init__(self):
-                self._at = stop_at
-
-            def after(self, loop):
-                if loop.step == self._at:
-                    raise KeyboardInterrupt
-
         task = lm(run=Run(out, save_every=1, resume=resume, progress=False))
-        task.run.tactics = (Stop(),)
+        task.run.tactics = (Stop(stop_at),)
         return lsq(tiny_llama(), task, bits=2, input_bits=8, distil=True, steps=4)
 
     whole = one(tmp_path / "whole")

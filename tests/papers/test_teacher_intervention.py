@@ -196,11 +196,6 @@ def test_dropout_reaches_what_is_put_in(at, only):
     assert torch.equal(a, b)
 
 
-def test_a_tactic_without_losses_leaves_the_run_alone():
-    idle = Intervention.idle()
-    assert idle.losses == {}
-
-
 def test_the_student_can_be_its_own_teacher():
     model, task = bert(), sentences()
     ternarize(model, task, **PLAIN)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentences import bert, pair, sentences
+from tiny import Stop
 from tiny import llama as tiny_llama
 from tiny import task as text
 
@@ -21,7 +22,6 @@ from qatlas.model.rules import quantized, quantizers
 from qatlas.papers.ternarybert import Curvature, Curved, Lat, LossAware, ternarize, ternarybert
 from qatlas.train.imitate import Imitation
 from qatlas.train.run import Run
-from qatlas.train.tactic import Tactic
 from qatlas.train.teacher import Teacher, full_precision
 
 TWN = Quant(Ternary(0.7), PerTensor(), AbsMean(), refit=True, clip=2.5)
@@ -77,15 +77,7 @@ def test_lat_lowers_its_objective_turn_by_turn_and_starts_at_twn(seed):
 
 
 def test_curvature_reaches_the_quantizers_and_comes_back_after_a_stop(tmp_path):
-    class Stop(Tactic):
-        def __init__(self, at):
-            self._at = at
-
-        def after(self, loop):
-            if loop.step == self._at:
-                raise KeyboardInterrupt
-
-    def trained(out, resume=False, at=99):
+    def trained(out, resume=False, at=None):
         run = Run(out, resume=resume, save_every=1, progress=False)
         run.tactics = (Stop(at),)
         return ternarybert(bert(), sentences(run), loss_aware=True, steps=4, lr=1e-3)

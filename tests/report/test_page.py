@@ -155,6 +155,25 @@ def test_coverage_tells_of_layers_that_never_ran(tmp_path):
     assert "never called" in text and "28 of 30 matrices quantized" in text
 
 
+def test_no_two_columns_of_a_table_have_one_heading(tmp_path):
+    text = report([llama(), classifier()], tmp_path / "r.html").read_text("utf-8")
+    for table in re.findall(r"<thead>.*?</thead>", text, re.S):
+        heads = re.findall(r"<th [^>]*>(.*?)</th>", table)
+        assert len(heads) == len(set(heads))
+    for head in ("trained to full precision", "perplexity to full precision", "accuracy to full precision", "size to full precision"):
+        assert f">{head}<" in text
+    assert ">to full precision<" not in text
+
+
+def test_signals_inside_attention_have_rows(pages, tmp_path):
+    record = llama()
+    record.signals = [{"address": "model.layers.0.self_attn:key", "quant": "Uniform 8b", "calls": [1, 1]},
+                      {"address": "model.layers.0.self_attn:<b>", "quant": "Uniform 7b", "calls": [1, 0]}]
+    text = report(record, tmp_path / "r.html").read_text("utf-8")
+    assert "2 signals inside attention quantized" in text and "self_attn:key" in text and "Uniform 7b" in text
+    assert "self_attn:&lt;b&gt;" in text and "never called" in text and "signals inside" not in pages["llama"]
+
+
 def test_several_records_share_one_page(tmp_path):
     records = [llama(), classifier(), broken(), bare()]
     page = Page(report(records, tmp_path / "many.html").read_text("utf-8"))

@@ -1,13 +1,12 @@
 """The CIFAR ViT of transformers' parts computes what torch's own encoder computes."""
 
-import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from scripts import script
 from torch import nn
 
 from qatlas.model.roles import Role, roles
@@ -20,10 +19,7 @@ pytestmark = pytest.mark.skipif(not (DATA / "ckpt" / "cifar10_vit_d128_l6.safete
 
 @pytest.fixture(scope="module")
 def runs():
-    spec = importlib.util.spec_from_file_location("cifar_vit", Path(__file__).parents[2] / "runs" / "cifar_vit.py")
-    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))      # dataclasses and transformers look there
-    spec.loader.exec_module(module)
-    return module
+    return script("cifar_vit")
 
 
 @pytest.fixture(scope="module")

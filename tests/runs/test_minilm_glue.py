@@ -2,11 +2,11 @@
 
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import script
 
 from qatlas.model.load import load
 from qatlas.train.evaluate import evaluate
@@ -19,10 +19,7 @@ pytestmark = pytest.mark.skipif(not (DATA / "glue").is_dir() or importlib.util.f
 
 @pytest.fixture(scope="module")
 def runs():
-    spec = importlib.util.spec_from_file_location("minilm_glue", Path(__file__).parents[2] / "runs" / "minilm_glue.py")
-    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))      # dataclasses and transformers look there
-    spec.loader.exec_module(module)
-    return module
+    return script("minilm_glue")
 
 
 @pytest.fixture(scope="module")

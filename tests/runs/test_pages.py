@@ -1,17 +1,12 @@
 """What is made from the code is up to date, and README's commands are the Makefile's."""
 
-import importlib.util
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from scripts import ROOT, script
 
 
 def pages():
-    spec = importlib.util.spec_from_file_location("pages", ROOT / "runs" / "pages.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("pages")
 
 
 def test_pages_are_up_to_date():

@@ -1,10 +1,10 @@
-import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from scripts import script
 
 from qatlas.export import Checkpoint
 from qatlas.export.gguf import TARGETS, llamacpp, read, write
@@ -15,10 +15,7 @@ pytestmark = pytest.mark.skipif(not (DATA / "ckpt" / "stories260k").is_dir(), re
 
 @pytest.fixture(scope="module")
 def stories():
-    spec = importlib.util.spec_from_file_location("stories260k", Path(__file__).parents[2] / "runs" / "stories260k.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("stories260k")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from ranks_cached import taught
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_labelled import Bag, table, tokenizer
-from tiny import llama, quantized, task
+from tiny import Stop, llama, quantized, task
 
 from qatlas.core.error import CheckpointError, RunError
 from qatlas.papers.lsq import lsq
@@ -27,12 +27,11 @@ from qatlas.train import cached as module
 from qatlas.train import loss
 from qatlas.train.answers import Answers
 from qatlas.train.cached import CachedTeacher, cached, kept, keys, predicted
+from qatlas.train.chat import Chat
 from qatlas.train.fit import fit
 from qatlas.train.labelled import Classification, Images
 from qatlas.train.optim import AdamW
 from qatlas.train.run import Run
-from qatlas.train.tactic import Tactic
-from qatlas.train.task import Chat
 from qatlas.train.teacher import Distil, SelfTeacher, Teacher
 
 QUIET = Run(progress=False)
@@ -416,16 +415,8 @@ def test_a_cache_without_a_teacher_is_refused_and_a_plan_writes_none(tmp_path):
 
 def test_it_resumes_to_the_same_bits_and_not_with_another_teacher(tmp_path, monkeypatch):
     def one(out, stop_at=None, resume=False, cache="cache"):
-        class Stop(Tactic):
-            def __init__(self):
-                self._at = stop_at
-
-            def after(self, loop):
-                if loop.step == self._at:
-                    raise KeyboardInterrupt
-
         subject = task(run=Run(tmp_path / out, save_every=1, resume=resume, progress=False))
-        subject.run.tactics = (Stop(),)
+        subject.run.tactics = (Stop(stop_at),)
         return lsq(sharper(llama()), subject, bits=2, distil=True, teacher_cache=cache and str(tmp_path / cache), steps=4)
 
     whole = one("whole", cache="other")

@@ -8,11 +8,11 @@ from tiny import llama, quantized, task
 from torch import nn
 
 from qatlas.core.error import RunError
+from qatlas.train.chat import Chat
 from qatlas.train.fit import fit
 from qatlas.train.optim import SGD, AdamW
 from qatlas.train.run import Run
 from qatlas.train.schedule import cosine
-from qatlas.train.task import Chat
 
 
 def test_fit_is_gradient_descent_by_hand():

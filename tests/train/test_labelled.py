@@ -64,10 +64,23 @@ def test_numbers_are_regressed():
 @pytest.mark.parametrize("rows, said", [
     ({"train": {"sentence": ["a"], "label": [-1]}}, "label is -1"), ({"train": {"sentence": ["a"], "label": ["x"]}}, "label is 'x'"),
     ({"train": {"body": ["a"], "label": [1]}}, "found body, label"), ({"train": {"sentence": ["a"]}}, "no labels"),
+    ({"train": {"sentence": ["a"] * 2, "label": ["x", "1"]}}, "words and numbers at once, for instance 'x' and '1'"),
+    ({"train": {"sentence": ["a"] * 2, "label": ["x", None]}}, "label is 'x'"),
     ({"train": {"sentence": [], "label": []}}, "labels are empty"), ({"train": {"sentence": ["a"], "label": [None]}}, "label is None")])
 def test_constructors_fail_early(rows, said):
     with pytest.raises(DataError, match=said):
         Classification(data.Table(rows["train"], rows["train"]), tokenizer)
+
+
+@pytest.mark.parametrize("names, taken", [((), ("bad", "good")), (("good", "bad"), ("good", "bad")), (("good", "fine"), ("bad", "good"))])
+def test_words_are_classes_and_say_which(tmp_path, names, taken):
+    """Sorted, unless the model has names for all of them."""
+    (tmp_path / "a.csv").write_text("sentence,label\n" + "a day,good\nthe day,bad\n" * 30)
+    subject = Classification(str(tmp_path / "a.csv"), tokenizer, names=names, run=QUIET)
+    assert subject.names == taken and subject.classes == 2 and not subject.regression
+    for labels, sentences in zip(subject.labels, subject.sentences, strict=True):
+        assert [taken[label] for label in labels.tolist()] == [{"a day": "good", "the day": "bad"}[sentence] for sentence in sentences[0]]
+    assert Classification(table([0, 1] * 30, sentence=["a day", "the day"] * 30), tokenizer, run=QUIET).names == ()
 
 
 def pictures(n=64, size=8, channels=3):

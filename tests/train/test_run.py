@@ -44,8 +44,14 @@ def test_bf16_is_refused_where_the_chip_has_none(monkeypatch):
     check_precision("bf16", torch.device("cpu"))
 
 
-def test_no_bar_where_nobody_looks(capsys):
-    with bar("fit", 3) as advance:
+def test_a_plain_line_each_tenth_where_nobody_looks(capsys):
+    with bar("fit", 40, done=10) as advance:
+        for step in range(10, 40):
+            advance(f"loss {step}")
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in said] == [f"  fit: {step} of 40" for step in range(12, 41, 4)]
+    assert said[0].split(", ")[1] == "loss 11" and said[-1].endswith("loss 39, 0 s left") and "\r" not in "".join(said)
+    with bar("fit", 3, wanted=False) as advance:
         advance("loss 1")
     assert capsys.readouterr().err == ""
 

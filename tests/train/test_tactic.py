@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import llama, quantized, task
 
+import qatlas.papers
 import qatlas.record
 import qatlas.train
 from qatlas.core.error import RunError
@@ -16,9 +17,10 @@ from qatlas.train.tactic import Freeze, NoDecay, Pass, Ramp, Tactic
 
 
 def every(kind):
-    """All subclasses in qatlas.train, found by listing."""
-    for module in pkgutil.iter_modules(qatlas.train.__path__):
-        importlib.import_module(f"qatlas.train.{module.name}")
+    """All subclasses in qatlas.train and the papers, found by listing."""
+    for package in (qatlas.train, qatlas.papers):
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
     found, left = [], [kind]
     while left:
         new = left.pop().__subclasses__()

@@ -1,4 +1,4 @@
-"""A tiny Llama, a tiny text, and layers with quantizers."""
+"""A tiny Llama, a tiny text, layers with quantizers, and a tactic that breaks a run off."""
 
 import torch
 from torch import nn
@@ -9,6 +9,7 @@ from qatlas.layers.linear import QLinear
 from qatlas.layers.quantized import Slots
 from qatlas.train import data
 from qatlas.train.run import Run
+from qatlas.train.tactic import Tactic
 from qatlas.train.task import LanguageModelling
 
 WORDS = "the cat sat on a mat and the dog ran to the red barn while it rained on us all day "
@@ -38,3 +39,14 @@ def quantized(model, text="w2", keep="each"):
 
 def task(batch=4, length=16, run=None, **more):
     return LanguageModelling(data.Text(WORDS * 20, WORDS * 4), letters, length=length, batch=batch, run=run or Run(progress=False), **more)
+
+
+class Stop(Tactic):
+    """Break the run off at the end of a step, leaving its resume points; None: never."""
+
+    def __init__(self, at=None):
+        self._at = at
+
+    def after(self, loop):
+        if loop.step == self._at:
+            raise KeyboardInterrupt

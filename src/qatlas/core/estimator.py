@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .grid import Grid
 from .noun import Noun
-from .scale import Place, decode, locate
+from .place import Place, decode, locate
 
 if TYPE_CHECKING:
     from .quantizer import Quant

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from .error import CheckpointError
 
 N = TypeVar("N", bound="Noun")
+MOVED = {"core.grid:Float": "core.floats:Float"}                  # where files of before look for what has moved since
 
 
 class Noun:
@@ -57,7 +58,7 @@ def from_json(data: Any) -> Any:
 
 
 def _find(address: str) -> Any:
-    name, _, cls_name = str(address).partition(":")
+    name, _, cls_name = MOVED.get(str(address), str(address)).partition(":")
     ours = f"qatlas.{name}"
     try:
         module: Any = sys.modules.get(ours) or importlib.import_module(ours)

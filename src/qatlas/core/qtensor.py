@@ -23,7 +23,7 @@ from .error import CheckpointError, QuantError
 from .grain import Grain
 from .grid import Grid
 from .noun import from_json
-from .scale import Place, decode
+from .place import Place, decode
 
 
 @dataclass

@@ -26,8 +26,9 @@ from .estimator import Estimator, Snap, Ste, bounded, forward, refit, settle
 from .grain import Grain, PerChannel, PerToken
 from .grid import Grid, Uniform
 from .noun import Noun
+from .place import Place
 from .qtensor import QTensor
-from .scale import AbsMax, Place, Scale
+from .scale import AbsMax, Scale
 
 SAMPLE = 2**20                                                    # elements of one batch that calibration keeps
 

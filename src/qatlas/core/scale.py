@@ -28,8 +28,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -37,25 +36,12 @@ from torch import Tensor
 from .error import QuantError
 from .grid import Grid
 from .noun import Noun
+from .place import Place, decode, locate
+from .stored import SMALLEST, lifted, rounded
 
 if TYPE_CHECKING:
     from .qtensor import QTensor
     from .quantizer import Quant
-
-SMALLEST = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-24, "float8_e4m3fn": 2.0**-9, "float8_e8m0fnu": 2.0**-127}
-
-
-class Place(NamedTuple):
-    """Where a tensor sits on its grid: u = x / s + zero, or u = (x - offset) / s. All shaped (..., 1); at most one of zero and offset."""
-
-    s: Tensor
-    zero: Tensor | None = None
-    offset: Tensor | None = None
-
-    @classmethod
-    def of(cls, scale: Any, zero: Any, offset: Any, dtype: torch.dtype) -> Place:
-        """From state without the last axis."""
-        return cls(*(None if t is None else t.to(dtype).unsqueeze(-1) for t in (scale, zero, offset)))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -106,13 +92,13 @@ class Scale(Noun):
             return self.nest(s).dequantize().to(s.dtype).unsqueeze(-1)
         if self.dtype == "float32":
             return s
-        return _round(s, self.dtype)
+        return rounded(s, self.dtype)
 
     def cast_offset(self, m: Tensor) -> Tensor:
         """The offset as it will be stored, in the type of m."""
         if self.offset_nested is not None:
             return self.nest_offset(m).dequantize().to(m.dtype).unsqueeze(-1)
-        return m if self.offset_dtype == "float32" else _round(m, self.offset_dtype)
+        return m if self.offset_dtype == "float32" else rounded(m, self.offset_dtype)
 
     def nest(self, s: Tensor) -> QTensor:
         """The steps as a quantized tensor, by the Quant `nested`. A step that would become zero takes the smallest value above zero instead: a place
@@ -141,7 +127,7 @@ class Scale(Noun):
     @property
     def smallest(self) -> float:
         """The floor in force: of the stored type, so that rounding to it does not fall below."""
-        return SMALLEST[self.dtype] if self.floor is None else _above(max(self.floor, SMALLEST[self.dtype]), self.dtype)
+        return SMALLEST[self.dtype] if self.floor is None else lifted(max(self.floor, SMALLEST[self.dtype]), self.dtype)
 
     def slope(self, u: Tensor, v: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
         """dy/ds, element by element: v - u inside, the end of the grid (minus the zero) outside. Source: LSQ, arXiv 1902.08153."""
@@ -294,35 +280,6 @@ class Learned(Scale):
         return self.start.measure(x, grid)
 
 
-def _round(t: Tensor, dtype: str) -> Tensor:
-    kind = getattr(torch, dtype)
-    return t.clamp(-torch.finfo(kind).max, torch.finfo(kind).max).to(kind).to(t.dtype)
-
-
 def _end(grid: Grid) -> float:
     """The end on which the largest value lands: the high one, or the low one of a grid that has nothing above zero (one signed bit)."""
     return grid.high or -grid.low
-
-
-@lru_cache
-def _above(floor: float, dtype: str) -> float:
-    """The smallest number of `dtype` that is not below floor; fp32 keeps floor itself, which every wider type can compare with."""
-    kind = getattr(torch, dtype)
-    near = float(torch.tensor(floor).to(kind).float())
-    if dtype == "float32" or near >= floor:
-        return floor if dtype == "float32" else near
-    return float(torch.tensor(floor + max(floor * torch.finfo(kind).eps, SMALLEST[dtype])).to(kind).float())
-
-
-def locate(x: Tensor, place: Place) -> Tensor:
-    """u: the place of x on the grid, in steps."""
-    if place.zero is not None:
-        return x / place.s + place.zero
-    return x / place.s if place.offset is None else (x - place.offset) / place.s
-
-
-def decode(v: Tensor, place: Place) -> Tensor:
-    """y: the value that v stands for, in the one order of operations that every reader of ours uses: s (v - z), or s v + m."""
-    if place.zero is not None:
-        return place.s * (v - place.zero)
-    return place.s * v if place.offset is None else place.s * v + place.offset

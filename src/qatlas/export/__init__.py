@@ -66,7 +66,9 @@ def target(name: str) -> tuple[ModuleType, str]:
     """
     form, _, kind = name.partition(":")
     if form.replace("_", "-") not in formats():
-        raise FormatError(unknown("export format", form, formats()) + "; a target reads format:kind, for instance gguf:q4_0")
+        meant = [known for known in targets() if not kind and known.partition(":")[2] == form.lower().replace("-", "_")]
+        raise FormatError(f"there is no export format {form!r}; did you mean {' or '.join(meant)}?" if meant else
+                          unknown("export format", form, formats()) + "; a target reads format:kind, for instance gguf:q4_0")
     module = importlib.import_module(f"{__name__}.{form.replace('-', '_')}")
     if not kind and len(module.TARGETS) == 1:
         kind = next(iter(module.TARGETS))

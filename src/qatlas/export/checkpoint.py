@@ -10,12 +10,17 @@ attribute `of`, the quantizer's address. What becomes of both is the exporter's 
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ..core.error import FormatError
 from ..core.qtensor import QTensor
 from ..core.quantizer import Quant
 
@@ -56,3 +61,55 @@ class Checkpoint:
     inputs: dict[str, Quant] = field(default_factory=dict)
     signals: tuple[str, ...] = ()
     graph: Graph | None = None
+
+
+def vacant(path: Path) -> None:
+    """Refuse a path where something is; an empty directory is nothing.
+
+    Raises:
+        FormatError: with what to do.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise _taken(path)
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A path aside to write a file to, or to make a directory at; it appears under its name when it is whole, or not at all.
+
+    Raises:
+        FormatError: something is in the way, at the beginning or at the end; an empty directory gives way to a directory.
+    """
+    vacant(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _remove(aside)
+    try:
+        yield aside
+        for file in aside.iterdir() if aside.is_dir() else (aside,):
+            with file.open("rb+") as written:
+                os.fsync(written.fileno())
+        try:
+            os.rename(aside, path) if aside.is_dir() else _link(aside, path)
+        except OSError:
+            if path.exists():
+                raise _taken(path) from None
+            raise
+    finally:
+        _remove(aside)
+
+
+def _taken(path: Path) -> FormatError:
+    return FormatError(f"{path} exists; remove it or choose another name")
+
+
+def _link(aside: Path, path: Path) -> None:
+    """Unlike a rename, it fails when someone else has made the file meanwhile."""
+    try:
+        os.link(aside, path)
+    except PermissionError:                                       # a file system without links
+        os.rename(aside, path)
+
+
+def _remove(aside: Path) -> None:
+    shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)

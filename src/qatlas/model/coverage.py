@@ -83,6 +83,10 @@ class Coverage:
         """Rows as plain dicts, for records and reports."""
         return [vars(row) | {"shape": list(row.shape), "calls": list(row.calls)} for row in self.rows]
 
+    def inside(self) -> list[dict[str, Any]]:
+        """The signals inside attention, as plain dicts."""
+        return [vars(signal) | {"calls": list(signal.calls)} for signal in self.signals]
+
 
 def describe(model: nn.Module, batch: Any = None) -> Coverage:
     """Which tensor has which numbers; with a batch, which quantizers ran in train and in eval. The model is left as it was.

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from ..core.error import FormatError, QuantError
 from ..core.estimator import settle
+from ..core.place import Place
 from ..core.quantizer import Quantizer
-from ..core.scale import Place
 from ..export.checkpoint import DOMAIN, MARK, Graph, Signal
 from ..layers.packed import Packed, Store
 from . import artefact

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from ..core.error import CheckpointError, QuantError
 from ..core.qtensor import QTensor
-from ..export.checkpoint import TOKENIZER, Checkpoint
+from ..export.checkpoint import TOKENIZER, Checkpoint, appearing
 from ..layers.packed import Packed
 from . import artefact, hub, inner
 
@@ -105,19 +104,11 @@ def save(model: nn.Module, path: Path | str, tokenizer: Any = None, rules: Any =
         raise CheckpointError(f"{target} exists and is not an empty directory; give another path, or remove it first")
     layers = artefact.packed(_quantized(model))
     config = hub.config_of(model, layers, hub.rules_of(model) if rules is None else [hub.plain(rule) for rule in rules])
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.part-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
+    with appearing(target) as aside:
         aside.mkdir()
         save_file(artefact.tensors(model, layers), aside / "model.safetensors", metadata={"format": "pt"})
         _save_config(model, config, aside)
         _save_tokenizer(tokenizer, aside)
-        if target.exists():
-            target.rmdir()
-        aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return target
 
 

@@ -19,13 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.error import FormatError, QuantError, RuleError, nearest
+from ..core.error import QuantError, RuleError, nearest
 from ..core.noun import Noun
 from ..core.quantizer import Quant, Quantizer
 from ..core.scheme import scheme
@@ -39,6 +38,7 @@ from ..layers.norm import Norm
 from ..layers.packed import Packed
 from ..layers.quantized import Quantized, Slots
 from . import fused, inner
+from .fitting import fitted
 from .probe import peaks
 from .roles import Role, roles
 from .signals import matches
@@ -150,7 +150,7 @@ def quantize(model: nn.Module, rules: str | Sequence[Rule], task: Any = None, ta
         raise RuleError(f"the model is itself one {type(model).__name__}, which has no place to be replaced in; wrap it: nn.Sequential(model)")
     target = getattr(task, "target", None) or target
     if target:
-        plan = _fitted(model, plan, target, inside)
+        plan = fitted(model, reachable(model), plan, inside, target)
     _check_tied(model, plan)
     thirsty = [name for name, slots in plan.items() if slots.transform is not None and slots.transform.needs_peak]
     peak = peaks(model, task.calibration(), thirsty) if thirsty and task is not None else {}
@@ -256,50 +256,6 @@ def _unused(model: nn.Module, rule: Rule, index: int, names: Iterable[str]) -> N
     raise RuleError(f"rule {index + 1} ({rule.where!r}) matches no {'layer' if _wants(rule) else 'module'}.\n  nearest names: {', '.join(close)}\n"
                     f"  roles: {', '.join(Role)}\n"
                     "  A rule that matches nothing would leave tensors in full precision unseen; take it out or mend the name.")
-
-
-def _fitted(model: nn.Module, plan: dict[str, Slots], target: str, inside: dict[str, dict[str, Quant]]) -> dict[str, Slots]:
-    """The plan with every weight's Quant moved onto the target's scale type, and its input's where the target says how inputs are quantized; that of
-    embeddings and head onto another type of the format where the target's own cannot hold them."""
-    from ..export import target as find_target
-
-    form, kind = find_target(target)
-    layers, role = reachable(model), roles(model)
-    out, refused = {}, {}
-    says_all = hasattr(form, "fit_input")
-    for address in (f"{name}:{signal}" for name, signals in inside.items() for signal in signals) if says_all else ():
-        refused[address] = FormatError(f"{target} has no place for a quantized signal inside attention; leave it out, or the target")
-    for name, slots in plan.items():
-        if slots.norm is not None:
-            refused[name] = FormatError(f"{target} holds weights, and has no place for the norm that the rules put in front of this layer; leave "
-                                        "out the norm, or the target")
-            continue
-        if reason := next(filter(None, (form.why_not_signal(quant, kind) for quant in (slots.input, slots.output) if quant is not None
-                                        and hasattr(form, "why_not_signal"))), None):
-            refused[name] = FormatError(f"{target} cannot hold this layer's quantized activations: {reason}. Take static ones (w4a8-static, "
-                                        "static=True), or a target that leaves them out")
-            continue
-        weight: Any = model.get_submodule(name).weight
-        shape = tuple(weight.T.shape if layers[name] is QTransposed else weight.shape)
-        try:
-            if says_all and slots.output is not None:
-                raise FormatError(f"{target} has no place for a quantized output; leave it out, or the target")
-            body = not role.get(name, set()) & {Role.EMBEDDING, Role.HEAD}
-            moved = None if slots.weight is None else fused.fit(slots.weight, shape, partial(_move, form, kind, body))
-            entry = form.fit_input(slots.input, kind, moved, shape, layers[name].replaces.__name__) if says_all else slots.input
-            out[name] = slots.but(weight=moved, input=entry)
-        except FormatError as error:
-            refused[name] = error
-    if refused:
-        first, more = next(iter(refused)), list(refused)[1:]
-        also = f"\n  refused as well: {len(more)} more layers ({', '.join(more[:3])}{', ...' if more[3:] else ''})" if more else ""
-        raise FormatError(f"{first}: {refused[first]}{also}") from None
-    return out
-
-
-def _move(form: Any, kind: str, body: bool, quant: Quant, shape: tuple[int, ...]) -> Quant:
-    moved: Quant = form.fit(quant, kind, shape, body)
-    return moved
 
 
 def _check_tied(model: nn.Module, plan: dict[str, Slots]) -> None:

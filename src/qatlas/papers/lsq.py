@@ -74,10 +74,10 @@ def lsq(model: nn.Module, task: Task, *, bits: float = 4, input_bits: int | None
     if teacher_cache is not None and not distil:
         raise RunError(f"teacher_cache={teacher_cache!r} without distil learns from the labels and asks no teacher; say distil=True (--distil), "
                        "or leave teacher_cache out")
-    teacher = Teacher.of(model) if distil else None
     grain: Grain = PerChannel() if group is None else Group(group)
     weight = Quant(signed(bits), grain, Learned(AbsMean(1.0) if bits == 1.58 else AbsMean(2.0, per_root=True)), Clip())
     inputs = None if input_bits is None else of_input(input_bits, static)
+    teacher = Teacher.of(model) if distil else None
     quantize(model, [*keep_full(Role.EMBEDDING, Role.HEAD, Role.CLASSIFIER), Rule("*", weight=weight, input=inputs)], task)
     describe(model, task.probe()).check()
     loss = Distil(task, cached(teacher_cache, teacher, task, steps)) if teacher is not None else None

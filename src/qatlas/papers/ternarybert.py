@@ -44,8 +44,9 @@ from ..core.error import RuleError
 from ..core.estimator import bounded
 from ..core.grain import Grain, PerChannel, PerTensor, PerToken
 from ..core.grid import Grid, Ternary, Uniform
+from ..core.place import Place
 from ..core.quantizer import Quant, Quantizer
-from ..core.scale import AbsMax, AbsMean, MinMax, Place, Scale
+from ..core.scale import AbsMax, AbsMean, MinMax, Scale
 from ..model.coverage import describe
 from ..model.roles import Role, ask
 from ..model.rules import Rule, keep_full, quantize

@@ -64,7 +64,8 @@ def view(record: Record, prefix: str) -> dict[str, Any]:
         "figures": [(name, CAPTIONS[name], svg(figures.figure(record, name), figures.describe(record, name), f"{prefix}-{name}"))
                     for name in figures.drawable(record)],
         "proofs": [_proof(proof) for proof in record.proofs], "failed": [plain(proof.get("what", "a comparison")) for proof in failed],
-        "coverage": [_row(row) for row in record.coverage], "covered": _covered(record), "samples": record.samples,
+        "coverage": [_row(row) for row in record.coverage], "covered": _covered(record), "signals": [_signal(row) for row in record.signals],
+        "samples": record.samples,
         "rules": json.dumps(record.rules, indent=2, default=str, ensure_ascii=False) if record.rules else "", "facts": _facts(record),
     }
 
@@ -143,7 +144,16 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
     quantized = any(row.get(slot, "full") != "full" for slot in ("weight", "input"))
     return {"name": row.get("name", ""), "layer": row.get("layer", ""), "shape": " × ".join(str(n) for n in shape), "weight": row.get("weight", ""),
             "input": row.get("input", ""), "bits": number(row.get("bits")), "quantized": quantized,
-            "calls": "never called" if quantized and calls and 0 in calls else " / ".join(str(n) for n in calls)}
+            "calls": _called(calls, quantized)}
+
+
+def _signal(row: dict[str, Any]) -> dict[str, Any]:
+    """One quantizer inside attention."""
+    return {"address": row.get("address", ""), "quant": row.get("quant", ""), "calls": _called(row.get("calls") or (), True)}
+
+
+def _called(calls: Sequence[int], quantized: bool) -> str:
+    return "never called" if quantized and calls and 0 in calls else " / ".join(str(n) for n in calls)
 
 
 def _covered(record: Record) -> str:

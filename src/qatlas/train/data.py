@@ -121,6 +121,17 @@ def table(address: str, held_out: str | None = None, columns: Iterable[str] = ()
     return Table(train, held)
 
 
+def present(address: str) -> None:
+    """Refuse a file that is not there or empty, before anything that takes time; what else may be wrong, reading says.
+
+    Raises:
+        DataError: naming what lies beside it.
+    """
+    path = Path(address)
+    if path.suffix in (".txt", ".md", *READERS) and not path.is_dir() and not address.startswith(ROOT):
+        _existing(path)
+
+
 def _whole_text(address: str) -> str:
     path = Path(address)
     if path.suffix in (".txt", ".md"):

@@ -59,6 +59,8 @@ class Classification(Labelled):
 
     source: an address of `data.table`, or a `data.Table`. columns: the sentences' columns; by default the first that fits of text; sentence1,
     sentence2; question, sentence; premise, hypothesis; sentence. The labels' column is `label`.
+    names: of the classes, in the order of their numbers, for labels that are words; where they do not name all, the words are sorted. What was taken
+    stands in `names`.
     augment: (the sentences of a row, a random generator) -> as many other sentences, for training rows only: a pure function, so that a step's batch
     stays a pure function of (seed, step). TinyBERT's replacement of words is one.
 
@@ -66,24 +68,27 @@ class Classification(Labelled):
         DataError: no rows, columns missing, labels that are missing or -1 (GLUE's hidden test labels).
     """
 
-    def __init__(self, source: str | data.Table, tokenizer: Any, *, columns: Sequence[str] = (), regression: bool | None = None,
-                 length: int = 128, batch: int = 16, held_out: str | None = None, augment: Augment | None = None,
+    def __init__(self, source: str | data.Table, tokenizer: Any, *, columns: Sequence[str] = (), names: Sequence[str] = (),
+                 regression: bool | None = None, length: int = 128, batch: int = 16, held_out: str | None = None, augment: Augment | None = None,
                  target: str | None = None, extra_rules: Sequence[Any] = (), run: Run | None = None) -> None:
         super().__init__(batch, target, extra_rules, run)
         found = source if isinstance(source, data.Table) else data.table(source, held_out, [*columns, "label"])
-        names = columns or next((c for c in SENTENCES if set(c) <= set(found.train)), ())
-        if not names:
+        sentences = columns or next((c for c in SENTENCES if set(c) <= set(found.train)), ())
+        if not sentences:
             raise DataError(f"no column of sentences: found {', '.join(found.train)}; name them in columns=, "
                             "or call them text, sentence, or sentence1 and sentence2")
-        parts = [(part, _labels(part)) for part in (found.train, found.held_out)]
+        self.names = _words((found.train, found.held_out), names)
+        number = {name: i for i, name in enumerate(self.names)}
+        parts = [(part, [number[v] for v in part["label"]] if number else _labels(part)) for part in (found.train, found.held_out)]
         fractions = any(isinstance(v, float) and v != int(v) for v in parts[0][1])
         self.regression = fractions if regression is None else regression
         self.tokenizer, self.length, self.augment = tokenizer, length, augment
-        self.sentences = [[[str(s) for s in part[name]] for name in names] for part, _ in parts]
+        self.sentences = [[[str(s) for s in part[name]] for name in sentences] for part, _ in parts]
         self.labels = [torch.tensor(v, dtype=torch.float32 if self.regression else torch.long) for _, v in parts]
-        self.classes = 1 if self.regression else int(max(v.max() for v in self.labels)) + 1
+        self.classes = 1 if self.regression else len(self.names) or int(max(v.max() for v in self.labels)) + 1
         self.rows, self.held_rows = map(len, self.labels)
-        self._mark(names, length, self.regression, found.fingerprint, *([] if augment is None else [described(augment)]))
+        more = ([self.names] if self.names else []) + ([] if augment is None else [described(augment)])
+        self._mark(sentences, length, self.regression, found.fingerprint, *more)
 
     def take(self, index: np.ndarray, step: int | None) -> Batch:
         part = 0 if step is not None else 1
@@ -187,6 +192,19 @@ def matthews(chosen: Tensor, labels: Tensor) -> float:
     x, y = x - x.mean(0), y - y.mean(0)
     scale = float((x.square().sum() * y.square().sum()).sqrt())
     return round(float((x * y).sum()) / scale, 12) if scale > 0 else 0.0
+
+
+def _words(parts: Sequence[dict[str, Any]], names: Sequence[str]) -> tuple[str, ...]:
+    """The classes of labels that are words, in the order of their numbers; none where labels are numbers, or one word only."""
+    found = {value if isinstance(value, str) and value.strip() else None for part in parts for value in part.get("label", ())}
+    words = sorted(word for word in found if word is not None)
+    if None in found or len(words) < 2:
+        return ()
+    numbers = [word for word in words if word.strip().lstrip("+-").replace(".", "", 1).isdigit()]
+    if numbers:
+        other = next((word for word in words if word not in numbers), numbers[-1])
+        raise DataError(f"labels are words and numbers at once, for instance {other!r} and {numbers[0]!r}; give either")
+    return tuple(names) if found <= set(names) else tuple(words)
 
 
 def _labels(rows: dict[str, Any]) -> list[Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,7 @@ class Run:
     save_every: steps between resume points; None writes one every `save_seconds`.
     tactics: join those of every fit (a watch, a logger); set after making. histories: of the fits so far. plan: None; a list makes each fit note
     there what it would cost, after a few steps, without the tactics of the run.
-    progress: a progress bar, where standard error is a terminal. tensorboard: curves in out/tensorboard.
+    progress: a progress bar, where standard error is a terminal; else a line each tenth of the steps. tensorboard: curves in out/tensorboard.
 
     Raises:
         RunError: an output directory that holds another run; a setting that does not exist.
@@ -94,9 +95,12 @@ class Run:
 
 @contextmanager
 def bar(title: str, total: int, wanted: bool = True, done: int = 0) -> Iterator[Callable[[str], None]]:
-    """A progress bar where standard error is a terminal; yields a function to call once a step with a short text."""
-    if not (wanted and sys.stderr.isatty()):
+    """A progress bar where standard error is a terminal, else plain lines; yields a function to call once a step with a short text."""
+    if not wanted:
         yield lambda text: None
+        return
+    if not sys.stderr.isatty():
+        yield _lines(title, total, done)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -105,6 +109,20 @@ def bar(title: str, total: int, wanted: bool = True, done: int = 0) -> Iterator[
     with Progress(*columns, console=Console(stderr=True)) as shown:
         line = shown.add_task(title, total=total, completed=done, text="")
         yield lambda text: shown.update(line, advance=1, text=text)
+
+
+def _lines(title: str, total: int, done: int) -> Callable[[str], None]:
+    """A line each tenth of the steps: a log says that the run lives, and how long it will."""
+    began, step = time.perf_counter(), done
+
+    def advance(text: str) -> None:
+        nonlocal step
+        step += 1
+        if step * 10 // total > (step - 1) * 10 // total:
+            left = (time.perf_counter() - began) / (step - done) * (total - step)
+            sys.stderr.write(f"  {title}: {step} of {total}{', ' * bool(text)}{text}, {left:,.0f} s left\n")
+            sys.stderr.flush()
+    return advance
 
 
 def check_precision(precision: str, device: torch.device) -> None:

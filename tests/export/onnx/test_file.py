@@ -11,7 +11,8 @@ import onnx
 from small_graph import made, marked
 
 from qatlas.core.error import FormatError
-from qatlas.core.grid import Float, Uniform
+from qatlas.core.floats import Float
+from qatlas.core.grid import Uniform
 from qatlas.core.quantizer import Quant
 from qatlas.core.scheme import scheme
 from qatlas.export.checkpoint import Checkpoint, Signal

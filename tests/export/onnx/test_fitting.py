@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qatlas.core.error import FormatError
+from qatlas.core.floats import Float
 from qatlas.core.grain import Group, PerChannel, PerTensor, PerToken
-from qatlas.core.grid import Float, HalfStep, Ternary, Uniform
+from qatlas.core.grid import HalfStep, Ternary, Uniform
 from qatlas.core.qtensor import Stacked
 from qatlas.core.quantizer import Quant
 from qatlas.core.scale import AbsMax, Learned, MinMax

@@ -15,8 +15,9 @@ from onnx.reference import ReferenceEvaluator
 from small_graph import made, run
 
 from qatlas.core.error import FormatError
+from qatlas.core.floats import Float
 from qatlas.core.grain import Block, Group, PerChannel, PerTensor
-from qatlas.core.grid import Float, HalfStep, Sign, Ternary, Uniform
+from qatlas.core.grid import HalfStep, Sign, Ternary, Uniform
 from qatlas.core.qtensor import pack_bits
 from qatlas.core.quantizer import Quant
 from qatlas.core.scale import AbsMax, AbsMean, MinMax

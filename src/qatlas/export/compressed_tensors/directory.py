@@ -11,7 +11,6 @@ another.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from ...core.error import FormatError
 from ...core.qtensor import QTensor
-from ..checkpoint import TOKENIZER, Checkpoint
+from ..checkpoint import TOKENIZER, Checkpoint, appearing, vacant
 from .fitting import NAME, TARGETS, kind_of, why_not
 from .kinds import KINDS
 from .layout import Stored, narrow, store
@@ -70,8 +69,7 @@ def write(checkpoint: Checkpoint, path: str | Path, target: str) -> Path:
     from safetensors.torch import save_file
 
     path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FormatError(f"{path} exists; remove it or choose another name")
+    vacant(path)
     kinds = plan(checkpoint, target)
     if set(kinds.values()) <= {"full"}:
         raise FormatError(f"no layer is quantized, so there is nothing that {NAME} could say of this model")
@@ -85,26 +83,13 @@ def write(checkpoint: Checkpoint, path: str | Path, target: str) -> Path:
         else:
             tensors[name] = _plain(tensor)
     config = _config(checkpoint, stored, {name.removesuffix(".weight"): kind for name, kind in kinds.items() if kind != "full"})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
+    with appearing(path) as aside:
         aside.mkdir()
         save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
         (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for file in (checkpoint.tokenizer / name for name in (*TOKENIZER, "generation_config.json")) if checkpoint.tokenizer else ():
             if file.is_file():
                 shutil.copyfile(file, aside / file.name)
-        for file in aside.iterdir():
-            with file.open("rb+") as written:
-                os.fsync(written.fileno())
-        os.rename(aside, path)                                    # fails where a directory with anything in it is in the way
-    except OSError as error:
-        if path.exists():
-            raise FormatError(f"{path} exists; remove it or choose another name") from error
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return path
 
 

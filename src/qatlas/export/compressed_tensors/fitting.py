@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ...core.error import FormatError, QuantError, unknown
+from ...core.floats import Float
 from ...core.grain import Grain
-from ...core.grid import Float, Grid
+from ...core.grid import Grid
 from ...core.qtensor import QTensor
 from ...core.quantizer import Quant
 from .kinds import KINDS, MIXED, NESTED, POWER, Kind

@@ -16,8 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ...core.floats import Float
 from ...core.grain import Group, PerChannel, PerTensor, PerToken
-from ...core.grid import Float, Uniform
+from ...core.grid import Uniform
 from ...core.quantizer import Quant
 from ...core.scale import AbsMax
 

@@ -13,7 +13,6 @@ file is begun, and the file appears under its name only when it is whole (writte
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from ...core.error import FormatError, unknown
 from ...core.qtensor import QTensor
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, appearing, vacant
 from . import llama
 from .fitting import PLAIN, held
 from .layout import LAYOUTS, to_bytes
@@ -69,15 +68,12 @@ def write(checkpoint: Checkpoint, path: str | Path, target: str) -> Path:
     import gguf
 
     path = Path(path)
-    if path.exists():
-        raise FormatError(f"{path} exists; remove it or choose another name")
+    vacant(path)
     kinds, names = plan(checkpoint, target), _names(checkpoint)
     keys = {"general.name": checkpoint.name, "general.quantization_version": 2, "general.file_type": FILE_TYPES[target],
             **llama.numbers(checkpoint.config), **vocabulary(checkpoint)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    writer = gguf.GGUFWriter(aside, "llama")
-    try:
+    with appearing(path) as aside:
+        writer = gguf.GGUFWriter(aside, "llama")
         for key, value in keys.items():
             _add(writer, key, value)
         for name, kind in kinds.items():
@@ -90,16 +86,6 @@ def write(checkpoint: Checkpoint, path: str | Path, target: str) -> Path:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
-        try:
-            os.link(aside, path)                                  # unlike a rename, fails when someone else has made it meanwhile
-        except PermissionError:                                   # a file system without links
-            os.rename(aside, path)
-    except FileExistsError:
-        raise FormatError(f"{path} exists; remove it or choose another name") from None
-    finally:
-        aside.unlink(missing_ok=True)
     return path
 
 

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from ...core.error import FormatError, QuantError, unknown
+from ...core.floats import Float
 from ...core.grain import Grain, Group
-from ...core.grid import Float, HalfStep, Ternary, Uniform
+from ...core.grid import HalfStep, Ternary, Uniform
 from ...core.qtensor import QTensor
 from ...core.quantizer import Quant
 from ...core.scale import AbsMax, AbsMean, MinMax

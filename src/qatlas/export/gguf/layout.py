@@ -35,8 +35,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.floats import Float
 from ...core.grain import Group
-from ...core.grid import Float, Grid, Ternary, Uniform
+from ...core.grid import Grid, Ternary, Uniform
 from ...core.qtensor import QTensor
 from . import order
 

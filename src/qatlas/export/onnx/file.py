@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from ...core.error import FormatError
 from ...core.qtensor import QTensor
-from ..checkpoint import DOMAIN, Checkpoint
+from ..checkpoint import DOMAIN, Checkpoint, appearing, vacant
 from .fitting import ONLY, OPSETS, SCHEMES, kind, known, why_not, why_not_signal
 from .runtime import session
 from .signals import address, drop, lower, marks
@@ -45,8 +44,7 @@ def write(checkpoint: Checkpoint, path: str | Path, target: str) -> Path:
     path = Path(path)
     known(target)
     _needs()
-    if path.exists():
-        raise FormatError(f"{path} exists; remove it or choose another name")
+    vacant(path)
     check(checkpoint, target)
     import onnx
     import onnx_ir as ir
@@ -58,21 +56,8 @@ def write(checkpoint: Checkpoint, path: str | Path, target: str) -> Path:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise FormatError(f"onnx refuses what we made of this graph: {str(error).strip().splitlines()[0]}") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with aside.open("wb") as file:
-            file.write(proto.SerializeToString())
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(aside, path)                                  # unlike a rename, fails when someone else has made it meanwhile
-        except PermissionError:                                   # a file system without links
-            os.rename(aside, path)
-    except FileExistsError:
-        raise FormatError(f"{path} exists; remove it or choose another name") from None
-    finally:
-        aside.unlink(missing_ok=True)
+    with appearing(path) as aside:
+        aside.write_bytes(proto.SerializeToString())
     return path
 
 

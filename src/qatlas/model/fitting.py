@@ -1,0 +1,69 @@
+"""Fitting a plan to a target: every layer's numbers are moved onto what the artefact stores, or refused by name.
+
+A weight's Quant takes the target's scale type; that of embeddings and head another type of the format where the target's own cannot hold them. Inputs
+move only where the format says how inputs are quantized; such a format says all, so what it has no place for (outputs, signals inside attention) is
+refused. The grain stays as it was asked for: a target never changes a method in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ..core.error import FormatError
+from ..core.quantizer import Quant
+from ..export import target as find_target
+from ..layers.linear import QTransposed
+from ..layers.quantized import Quantized, Slots
+from . import fused
+from .roles import Role, roles
+
+
+def fitted(model: nn.Module, layers: Mapping[str, type[Quantized]], plan: Mapping[str, Slots], inside: Mapping[str, Mapping[str, Quant]],
+           target: str) -> dict[str, Slots]:
+    """The plan in the target's numbers.
+
+    layers: name -> the quantized layer that will stand there. plan: name -> Slots. inside: attention module -> signal -> Quant.
+
+    Raises:
+        FormatError: with the first tensor that the target cannot hold, and how many more.
+    """
+    form, kind = find_target(target)
+    role, out, refused = roles(model), {}, {}
+    says_all = hasattr(form, "fit_input")
+    for address in (f"{name}:{signal}" for name, signals in inside.items() for signal in signals) if says_all else ():
+        refused[address] = FormatError(f"{target} has no place for a quantized signal inside attention; leave it out, or the target")
+    for name, slots in plan.items():
+        if slots.norm is not None:
+            refused[name] = FormatError(f"{target} holds weights, and has no place for the norm that the rules put in front of this layer; leave "
+                                        "out the norm, or the target")
+            continue
+        if reason := next(filter(None, (form.why_not_signal(quant, kind) for quant in (slots.input, slots.output) if quant is not None
+                                        and hasattr(form, "why_not_signal"))), None):
+            refused[name] = FormatError(f"{target} cannot hold this layer's quantized activations: {reason}. Take static ones (w4a8-static, "
+                                        "static=True), or a target that leaves them out")
+            continue
+        weight: Any = model.get_submodule(name).weight
+        shape = tuple(weight.T.shape if layers[name] is QTransposed else weight.shape)
+        try:
+            if says_all and slots.output is not None:
+                raise FormatError(f"{target} has no place for a quantized output; leave it out, or the target")
+            body = not role.get(name, set()) & {Role.EMBEDDING, Role.HEAD}
+            moved = None if slots.weight is None else fused.fit(slots.weight, shape, partial(_move, form, kind, body))
+            entry = form.fit_input(slots.input, kind, moved, shape, layers[name].replaces.__name__) if says_all else slots.input
+            out[name] = slots.but(weight=moved, input=entry)
+        except FormatError as error:
+            refused[name] = error
+    if refused:
+        first, more = next(iter(refused)), list(refused)[1:]
+        also = f"\n  refused as well: {len(more)} more layers ({', '.join(more[:3])}{', ...' if more[3:] else ''})" if more else ""
+        raise FormatError(f"{first}: {refused[first]}{also}") from None
+    return out
+
+
+def _move(form: Any, kind: str, body: bool, quant: Quant, shape: tuple[int, ...]) -> Quant:
+    moved: Quant = form.fit(quant, kind, shape, body)
+    return moved
