@@ -5,4 +5,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python runs/paretoq_bits.py --model stories --out docs/evidence/paretoq --page docs/results.md
-python runs/paretoq_bits.py --model zoo --steps 60 --batch 4 --lr 1e-3 --out docs/evidence/paretoq --page docs/results.md
+python runs/paretoq_bits.py --model zoo --steps 60 --batch 4 --out docs/evidence/paretoq --page docs/results.md
