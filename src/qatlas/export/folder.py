@@ -73,6 +73,22 @@ def skeleton(config: dict[str, Any], form: str) -> dict[str, nn.Module]:
         return dict(cls(transformers.CONFIG_MAPPING[kind].from_dict(bare)).named_modules())
 
 
+def class_of(config: dict[str, Any], path: str | Path) -> Any:
+    """The model class of transformers that a directory's config names.
+
+    Raises:
+        FormatError: none, or something that is no model.
+    """
+    import transformers
+
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else names
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise FormatError(f"{path}/config.json names {name!r}, which is no model class of transformers")
+    return cls
+
+
 def check_names(modules: dict[str, nn.Module], checkpoint: Checkpoint) -> None:
     """Refuse tensors that are not those of the model: of those that are tied one is enough, and before training buffers are not asked for."""
     ties = getattr(modules[""], "all_tied_weights_keys", None) or {}
