@@ -73,20 +73,24 @@ def skeleton(config: dict[str, Any], form: str) -> dict[str, nn.Module]:
         return dict(cls(transformers.CONFIG_MAPPING[kind].from_dict(bare)).named_modules())
 
 
-def class_of(config: dict[str, Any], path: str | Path) -> Any:
-    """The model class of transformers that a directory's config names.
+def load(path: str | Path, found: dict[str, Any], dtype: torch.dtype | str) -> nn.Module:
+    """The model that transformers loads from a directory, by the class that its config (`found`) names, in eval mode.
 
     Raises:
-        FormatError: none, or something that is no model.
+        FormatError: no such class, or what transformers says against the directory.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
-    names = config.get("architectures")
+    names = found.get("architectures")
     name = names[0] if isinstance(names, list) and names else names
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise FormatError(f"{path}/config.json names {name!r}, which is no model class of transformers")
-    return cls
+    try:
+        return cls.from_pretrained(Path(path), dtype=dtype, local_files_only=True, use_safetensors=True).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, AssertionError, TypeError, StrictDataclassError) as error:
+        raise FormatError(f"transformers cannot load {path}: {error}") from error
 
 
 def check_names(modules: dict[str, nn.Module], checkpoint: Checkpoint) -> None:
@@ -96,7 +100,8 @@ def check_names(modules: dict[str, nn.Module], checkpoint: Checkpoint) -> None:
     twins = {a: {b for pair in ties.items() for b in pair if a in pair} for a in state}
     missing = sorted(name for name, _ in modules[""].named_parameters() if name not in have and not twins[name] & have)
     extra = sorted(have - set(state))
-    wrong = sorted(name for name in have & set(state) if tuple(checkpoint.tensors[name].shape) != tuple(state[name].shape))
+    wrong = sorted(name for name in have & set(state)
+                   if tuple(getattr(checkpoint.tensors[name], "shape", state[name].shape)) != tuple(state[name].shape))
     if missing or extra or wrong:
         raise FormatError(f"the tensors are not those of {type(modules['']).__name__}: missing {', '.join(missing[:4]) or 'none'}; "
                           f"unknown {', '.join(extra[:4]) or 'none'}; of another shape {', '.join(wrong[:4]) or 'none'}")

@@ -98,7 +98,7 @@ def why_not(tensor: Any, target: str, shape: tuple[int, ...] | None = None) -> s
     'PerChannel(axis=0) gives a matrix 8 steps, and there is one here; take PerTensor() (w1.58a8-tensor)'
     """
     _known(target)
-    shape = tuple(tensor.shape if shape is None else shape)
+    shape = tuple(getattr(tensor, "shape", ()) if shape is None else shape)
     if getattr(tensor, "grid", None) is None:
         return f"a {type(tensor).__name__} is made of several parts, and a layer has one step and one code an element"
     if (size := unit(tensor.grid)) is None:

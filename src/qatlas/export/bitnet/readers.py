@@ -85,12 +85,8 @@ def model(path: str | Path) -> nn.Module:
         FormatError: a directory that transformers refuses.
     """
     qtensors(path)
-    cls = folder.class_of(folder.config(path, NAME), path)
     with _plainly():
-        try:
-            made = cls.from_pretrained(Path(path), dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
-        except (OSError, ValueError, RuntimeError, KeyError, AttributeError, AssertionError, TypeError) as error:
-            raise FormatError(f"transformers cannot load {path}: {error}") from error
+        made: Any = folder.load(path, folder.config(path, NAME), torch.float32)
     inner = made.forward
 
     @functools.wraps(inner)

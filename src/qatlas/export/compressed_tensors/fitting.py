@@ -100,7 +100,7 @@ def why_not(tensor: Any, target: str, shape: tuple[int, ...] | None = None) -> s
     'the values of Uniform(bits=5, signed=True, narrow=False) are no integers of 4 bits, nor those over a power of two'
     """
     kinds = _kinds(target)
-    shape = tuple(tensor.shape if shape is None else shape)
+    shape = tuple(getattr(tensor, "shape", ()) if shape is None else shape)
     if target == MIXED:
         reasons = {name: why_not(tensor, name, shape) for name in kinds}
         return None if None in reasons.values() else "; ".join(f"{name}: {reason}" for name, reason in reasons.items())

@@ -119,7 +119,7 @@ def why_not(tensor: Any, target: str, shape: tuple[int, ...] | None = None) -> s
     'the values of Uniform(bits=5, signed=True, narrow=False) are no integers of 4 bits, nor those over a power of two'
     """
     bits = max(kind.bits for kind in kinds(target).values())      # mixed: the widest takes all that any takes
-    shape = tuple(tensor.shape if shape is None else shape)
+    shape = tuple(getattr(tensor, "shape", ()) if shape is None else shape)
     if getattr(tensor, "grid", None) is None:
         return f"a {type(tensor).__name__} is made of several parts, and a layer has one step and one code an element"
     reason = _grid(tensor.grid, bits)

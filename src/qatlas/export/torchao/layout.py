@@ -108,7 +108,7 @@ def load(name: str, said: dict[str, Any], part: dict[str, Tensor]) -> QTensor:
     half = 2 ** (bits - 1)
     if int(q.min()) < -half or int(q.max()) >= half:
         raise _wrong(name, f"qdata reaches from {int(q.min())} to {int(q.max())}, beyond {bits} bits")
-    grain = _grain(block, tuple(q.shape))
+    grain = _grain(block, (q.shape[0], q.shape[1]))
     groups = grain.scale_shape(tuple(q.shape))
     some = zero.float().reshape(groups) if bool(zero.any()) else None
     return QTensor((q.to(torch.int16) + half).to(torch.uint8), scale.float().reshape(groups), some, None, Uniform(bits), grain, _short(scale.dtype))

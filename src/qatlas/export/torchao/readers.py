@@ -86,12 +86,8 @@ def model(path: str | Path) -> nn.Module | str:
     config = folder.config(path, NAME)
     _check(config["quantization_config"].get("quant_type"), path)
     qtensors(path)
-    cls = folder.class_of(config, path)
     with _silent():
-        try:
-            return cls.from_pretrained(Path(path), dtype="auto", local_files_only=True, use_safetensors=True).eval()  # type: ignore[no-any-return]
-        except (OSError, ValueError, RuntimeError, KeyError, AttributeError, AssertionError, TypeError) as error:
-            raise FormatError(f"transformers cannot load {path}: {error}") from error
+        return folder.load(path, config, "auto")
 
 
 def near(path: str | Path) -> str | None:
