@@ -36,7 +36,7 @@ MORE: dict[str, list[dict[str, Any]]] = {
                 "offset_nested": Quant(Uniform(6, False), PerTensor(), AbsMax())}],
     "AbsMax": [{"reach": 127.5}, {"dtype": "float16"}, {"dtype": "float8_e8m0fnu"}, {"nested": Quant(Uniform(6, False), PerTensor(), AbsMax())},
                {"nested": Quant(Float(4, 3), PerTensor(), AbsMax())}],
-    "AbsMean": [{"times": 2.0, "per_root": True}],
+    "AbsMean": [{"times": 2.0, "per_root": True}, {"inverse": True}],
     "Clip": [{"margin": 0.5}, {"at": 0.99}],
     "Hadamard": [{"seed": 1}, {"block": 4}],
     "Chain": [{"parts": (Permute(), Hadamard())}],

@@ -11,7 +11,7 @@ from small import write_llama
 
 from qatlas import keep
 from qatlas.core.error import DataError, FormatError, QatlasError, RuleError, RunError
-from qatlas.export import compressed_tensors
+from qatlas.export import compressed_tensors, torchao
 from qatlas.job import generate, plan, run
 from qatlas.model.load import load
 from qatlas.model.rules import Rule
@@ -196,6 +196,18 @@ def test_inputs_are_trained_as_the_format_says(small, tmp_path):
     assert outcome.model.model.layers[0].mlp.up_proj.input_quantizer.quant.scale.reach == 127.5
     with pytest.raises(FormatError, match="its input is in full precision"):
         plan("lsq", {"bits": 8}, replace(small, target=target))
+
+
+@pytest.mark.parametrize("paper, arguments, target", [
+    pytest.param("lsq", {"bits": 4, "group": 32, "input_bits": 8, "steps": 2}, "torchao:w4a8",
+                 marks=pytest.mark.skipif(bool(torchao.lacks()), reason="needs torchao")),
+    ("bitnet", {"steps": 2}, "bitnet:bitlinear")])
+def test_a_directory_whose_layers_quantize_inputs_in_their_own_way(paper, arguments, target, small, tmp_path):
+    outcome = run(paper, arguments, replace(small, target=target, out=str(tmp_path / "out")))
+    assert [proof["passed"] for proof in outcome.record.proofs] == [True] * 4
+    assert outcome.record.proofs[-1]["tolerance"].startswith("0.1 of the largest logit: ")
+    scale = outcome.model.model.layers[0].mlp.up_proj.qtensor().steps
+    assert torch.equal(scale.bfloat16().float(), scale) if paper == "lsq" else torch.equal(1 / (1 / scale), scale)
 
 
 def test_what_a_killed_save_left_is_taken_away(small, tmp_path):

@@ -255,8 +255,8 @@ def doctor() -> int:
     from .record import machine, versions
 
     extras = {module: "there" if find_spec(module) else f"missing: pip install 'qatlas[{extra}]'"
-              for module, extra in (("compressed_tensors", "compressed-tensors"), ("xllamacpp", "llamacpp"), ("onnxruntime", "onnx"),
-                                    ("PIL", "vision"), ("tensorboard", "tensorboard"))}
+              for module, extra in (("compressed_tensors", "compressed-tensors"), ("torchao", "torchao"), ("xllamacpp", "llamacpp"),
+                                    ("onnxruntime", "onnx"), ("PIL", "vision"), ("tensorboard", "tensorboard"))}
     table.pairs({**versions(), **machine(), "export targets": ", ".join(targets()), **extras})
     return 0
 

@@ -31,7 +31,8 @@ from .train.evaluate import evaluate
 from .train.resume import sha256
 from .train.tactic import Loop, Tactic
 
-LIBRARIES = ("qatlas", "torch", "transformers", "accelerate", "datasets", "safetensors", "gguf", "compressed-tensors", "xllamacpp", "numpy")
+LIBRARIES = ("qatlas", "torch", "transformers", "accelerate", "datasets", "safetensors", "gguf", "compressed-tensors", "torchao", "xllamacpp",
+             "numpy")
 
 
 @dataclass

@@ -57,6 +57,7 @@ class Scale(Noun):
     over: whose elements "lsq" counts: "scale" (those that share it), "tensor" (all; ParetoQ) or "token" (the features of one token).
     nested: a Quant for the scales themselves, grouped along their last axis.
     offset_dtype: the type in which an offset is stored. offset_nested: a Quant for minus the offsets, grouped as `nested`.
+    inverse: 1 / s is stored, in fp32, and readers divide by it (BitNet): s is rounded to 1 / (1 / s), which one in six fp32 numbers is not.
     """
 
     dtype: str = field(default="float32", kw_only=True)
@@ -69,12 +70,15 @@ class Scale(Noun):
     nested: Quant | None = field(default=None, kw_only=True)
     offset_dtype: str = field(default="float32", kw_only=True)
     offset_nested: Quant | None = field(default=None, kw_only=True)
+    inverse: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, known in (("dtype", SMALLEST), ("offset_dtype", SMALLEST), ("sign", ("positive", "abs", "free")),
                             ("gradient", ("none", "statistic", "clipped", "value")), ("over", ("scale", "tensor", "token"))):
             if getattr(self, name) not in known:
                 raise QuantError(f"{type(self).__name__}({name}={getattr(self, name)!r}): {name} is one of {', '.join(known)}")
+        if self.inverse and (self.dtype != "float32" or self.nested is not None):
+            raise QuantError(f"{type(self).__name__}(inverse=True): the inverse of a step is stored in fp32, not as {self.nested or self.dtype}")
 
     @property
     def keeps(self) -> str:
@@ -90,6 +94,7 @@ class Scale(Noun):
         s = self._signed(s)
         if self.nested is not None:
             return self.nest(s).dequantize().to(s.dtype).unsqueeze(-1)
+        s = 1 / (1 / s) if self.inverse else s
         if self.dtype == "float32":
             return s
         return rounded(s, self.dtype)

@@ -18,6 +18,9 @@ and where they make sense
     lacks        the sentence for a missing package that `read` needs, or None
     logits       file, prompts -> what transformers computes with the file's weights, inputs in full precision
     model        artefact -> the transformers model that it loads as, inputs quantized, or a sentence on why not
+    near         artefact -> why that model's logits come only close to the trained ones, or None where they are equal
+    qtensors     artefact -> name -> QTensor or Tensor: the start of further training. It never trusts the file
+    holds        path -> whether the artefact is of this format, by its config or magic bytes alone
     engine       file, prompts -> what an engine says, or a sentence on why it was not asked
 
 It is found by listing this folder: `target("gguf:q4_0")` is the module gguf and its target q4_0. There is no registry.
@@ -42,7 +45,7 @@ def formats() -> list[str]:
     >>> "gguf" in formats()
     True
     """
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__) if module.name != "checkpoint")
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__) if module.ispkg)
 
 
 def targets() -> list[str]:

@@ -5,12 +5,13 @@
                          and the same through the Auto class
     the format's reader  every weight of the exported file: the same values, bit for bit
     transformers         the exported file dequantized: the same logits as the trained model with its input quantizers off
-                         (a format that says how inputs are quantized: the model itself, loaded by transformers, with everything on)
+                         (a format that says how inputs are quantized: the model itself, loaded by transformers, with everything on; within TIES
+                         where the format says that its layers quantize inputs in another order of operations)
     onnxruntime          a file that holds the whole computation: the logits of the trained model, within TIES or SUMS of the largest
     the engine           llama.cpp itself: close, not equal, since it rounds the inputs of every product in its own way (see export.gguf.llamacpp)
 
-All but the last two are equalities: a single bit is a failure. onnxruntime sums in another order, and where activations are quantized a value within
-the last bit of a tie falls on the other side; its optimizations are off (see export.onnx). The engine is stated as the largest difference of a
+All others are equalities: a single bit is a failure. onnxruntime sums in another order, and where activations are quantized a value within the
+last bit of a tie falls on the other side; its optimizations are off (see export.onnx). The engine is stated as the largest difference of a
 log-probability among the ten most probable tokens, and as the share of prompts on which both sides choose the same token. A file that
 cannot be read any more is a proof that failed.
 """
@@ -153,7 +154,7 @@ def _export(model: nn.Module, target: str, path: Path, asked: list[Tensor]) -> l
         proofs.append(Proof(f"{target} computes what the packed weights compute, inputs unquantized", "transformers, gguf_file", same,
                             f"logits of {len(ids)} prompts {'equal' if same else f'differ by up to {float((ours - theirs).abs().max()):.1e}'}"))
     if first.passed and hasattr(form, "model"):
-        proofs.append(_loaded(model, target, path, form.model, asked))
+        proofs.append(_loaded(model, target, path, form, asked))
     if first.passed and hasattr(form, "answers"):
         proofs.append(_computed(model, target, path, form.answers, asked, left_out))
     if first.passed and hasattr(form, "engine"):
@@ -161,15 +162,21 @@ def _export(model: nn.Module, target: str, path: Path, asked: list[Tensor]) -> l
     return proofs
 
 
-def _loaded(model: nn.Module, target: str, path: Path, load: Any, asked: list[Tensor]) -> Proof:
+def _loaded(model: nn.Module, target: str, path: Path, form: Any, asked: list[Tensor]) -> Proof:
+    """Equal; or, where the format says why it only comes near, within TIES of the largest logit."""
     claim, reader = f"{target} computes what the packed model computes", "transformers from_pretrained"
+    tolerance = "equal"
     try:
-        theirs = load(path)
+        if why := form.near(path) if hasattr(form, "near") else None:
+            tolerance = f"{TIES:g} of the largest logit: {why}"
+        theirs = form.model(path)
         if isinstance(theirs, str):
             return Proof(claim, reader, None, theirs, "")
         ours, answers = _answers(model, asked), _answers(theirs, asked)
     except (QatlasError, RuntimeError) as error:
-        return Proof(claim, reader, False, str(error))
+        return Proof(claim, reader, False, str(error), tolerance)
+    if why:
+        return Proof(claim, reader, *_close(ours, answers, TIES), tolerance)
     same = torch.equal(ours, answers)
     off = "" if same else f" by up to {float((ours - answers).abs().max()):.1e}"
     return Proof(claim, reader, same, f"logits of {len(asked)} prompts {'equal' if same else f'differ{off}'}")
@@ -199,10 +206,15 @@ def _computed(model: nn.Module, target: str, path: Path, ask: Any, asked: list[T
         theirs = ask(path, asked)
     except QatlasError as error:
         return Proof(claim, "onnxruntime", False, str(error), tolerance)
+    return Proof(claim, "onnxruntime", *_close(ours, theirs, limit), tolerance)
+
+
+def _close(ours: Tensor, theirs: Tensor, limit: float) -> tuple[bool, str]:
+    """Whether logits differ by no more than a share of the largest one, and by how much they do."""
     off, most = float((ours - theirs).abs().max()), float(ours.abs().max())
     same = int((ours.argmax(-1) == theirs.argmax(-1)).sum())
     result = f"logits within {off:.1e}, the largest being {most:.2g}; the same first answer on {same} of {len(ours)} inputs"
-    return Proof(claim, "onnxruntime", off <= limit * most, result, tolerance)
+    return off <= limit * most, result
 
 
 def _engine(model: nn.Module, target: str, path: Path, ask: Any, asked: list[Tensor]) -> Proof:
