@@ -93,7 +93,7 @@ class Record:
             raise CheckpointError(f"{out} holds no record.json, so it is not the directory of a qatlas run; found: {listing(Path(out))}")
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a record of this qatlas: {error}") from None
 
 

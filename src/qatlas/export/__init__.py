@@ -42,7 +42,7 @@ def formats() -> list[str]:
     >>> "gguf" in formats()
     True
     """
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__) if module.name != "checkpoint")
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__) if module.name not in ("able", "checkpoint"))
 
 
 def targets() -> list[str]:
