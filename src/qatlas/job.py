@@ -28,10 +28,12 @@ from .export import files
 from .export import target as find_target
 from .keep import export, folder, place, size
 from .model.coverage import describe
+from .model.exportable import holders
+from .model.inner import installed
 from .model.pack import pack
 from .model.verify import verify
 from .prepare import Job, prepare
-from .record import Record, Watch, weight_errors
+from .record import Record, Watch, moved_scales, weight_errors
 from .report import report
 from .train.evaluate import evaluate
 from .train.fit import Planned
@@ -155,8 +157,9 @@ def plan(name: str, arguments: dict[str, Any], job: Job) -> dict[str, Any]:
     except Planned as stop:
         cover = describe(model)
         held = f"none: {job.target} holds every tensor" if job.target else "none: no target is asked for"
+        also = ", ".join(name for name in holders(model) if name != job.target) if not installed(model) else ""
         return {"model": job.model, "parameters": parameters, "target": job.target or "the packed directory",
-                "refusals": held, "bits": round(cover.bits, 3), "coverage": cover.table(), **stop.estimate}
+                "refusals": held, "other targets": also or "none holds all of these numbers", "bits": round(cover.bits, 3), "coverage": cover.table(), **stop.estimate}
     raise RunError(f"the paper {name} trains nothing, so there is nothing to plan")
 
 
@@ -187,6 +190,7 @@ def _describe(record: Record, model: nn.Module, task: Task, control: Run) -> Non
     record.coverage, record.bits = cover.table(), cover.bits
     record.rules = [rule.to_json() for rule in getattr(model, "qatlas_rules", ())]
     record.history = [dataclasses.asdict(history) for history in control.histories]
+    record.rounded = moved_scales(model)
     after = weight_errors(model)
     record.errors = {name: (record.errors.get(name, (error, error))[0], error) for name, error in after.items()}
 

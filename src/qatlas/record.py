@@ -25,6 +25,8 @@ import torch
 from torch import nn
 
 from .core.error import CheckpointError
+from .core.quantizer import Quantizer, working
+from .layers.rows import RowsQuantizer
 from .model.probe import undisturbed
 from .model.rules import quantized
 from .train.evaluate import evaluate
@@ -40,6 +42,8 @@ class Record:
 
     history: one dict of lists a fit (see train.tactic.History). curve: (step, metrics) of held-out scores along the way. coverage: rows of
     model.coverage. errors: layer -> relative error of its weight, |w - hard|^2 / |w|^2, before and after training. samples: stage -> text.
+    rounded: layer -> (scales that the last rounding to the stored type moved, all scales, the largest relative move), for layers whose scales are
+    not stored in fp32 as they are.
     proofs: what was compared with what, and how it came out. job: what all papers share (see job.Job). sums: file, relative to the directory, ->
     sha256.
     """
@@ -60,6 +64,7 @@ class Record:
     history: list[dict[str, list[float]]] = field(default_factory=list)
     curve: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    rounded: dict[str, tuple[int, int, float]] = field(default_factory=dict)
     samples: dict[str, str] = field(default_factory=dict)
     proofs: list[dict[str, Any]] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
@@ -142,6 +147,26 @@ def weight_errors(model: nn.Module) -> dict[str, float]:
         if layer.weight_quantizer is not None:
             off, whole = (layer.weight - layer.hard()).square().sum(), layer.weight.square().sum()
             found[name] = float(off / whole.clamp(min=1e-30))
+    return found
+
+
+@torch.no_grad()
+def moved_scales(model: nn.Module) -> dict[str, tuple[int, int, float]]:
+    """Layer -> (moved, all, largest relative move): how many of a trainable layer's scales, learned or measured in fp32, are other numbers in the type
+    in which they are stored. Codes are taken from the stored ones, in training too, so no weight moves with them."""
+    found: dict[str, tuple[int, int, float]] = {}
+    for name, layer in quantized(model).items():
+        whole = layer.weight_quantizer
+        parts: list[Any] = [] if whole is None else [(whole, layer.source())]
+        if isinstance(whole, RowsQuantizer):
+            parts = list(zip(whole.parts, layer.source().chunk(len(whole.parts)), strict=True))
+        for part, x in parts:
+            if not isinstance(part, Quantizer) or (part.quant.scale.dtype == "float32" and part.quant.scale.nested is None):
+                continue
+            before = part.place(part.quant.grain.view(working(x.detach()))).s
+            off = (part.quant.scale.cast(before) - before).abs() / before.abs().clamp(min=torch.finfo(torch.float32).tiny)
+            moved, count, most = found.get(name, (0, 0, 0.0))
+            found[name] = (moved + int((off > 0).sum()), count + off.numel(), max(most, float(off.max())))
     return found
 
 

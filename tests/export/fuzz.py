@@ -24,6 +24,7 @@ from typing import Any
 ROOM = 2**30                                                      # bytes that one file may cost
 SECONDS = 20
 WATCHED = ("pickle.find_class", "os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "pty.spawn")
+SINGLE = (".gguf", ".onnx")                                       # what an artefact of one file ends with; others are directories with the names above
 SMALL = {"num_hidden_layers": 1}
 READERS = ("holds", "read", "qtensors", "types", "unused")        # of a format: path ->
 SLOW = ("model", "logits", "answers")                             # transformers or onnxruntime run the file: asked of some
@@ -249,8 +250,8 @@ def main(folder: Path, first: int, last: int, seed: int, every: bool) -> None:
 
 
 def matters(how: str) -> bool:
-    """Whether the spoilt file is one that must be read."""
-    return not how.endswith(("generation_config.json", "tokenizer_config.json"))
+    """Whether the spoilt file is one that every reader needs."""
+    return how.endswith(("config.json", "model.safetensors", "record.json", *SINGLE)) and not how.endswith(("generation_config.json", "tokenizer_config.json"))
 
 
 if __name__ == "__main__":

@@ -68,6 +68,18 @@ def _refusal(numbers: Numbers, name: str) -> str | None:
     return None
 
 
+def unmoved(numbers: Numbers, name: str) -> str | None:
+    """Why what these numbers give may not fit as it is, or None: the types of the steps count too, which `fit` would move before training."""
+    return _unmoved(numbers.few(), name)
+
+
+@lru_cache(maxsize=65536)
+def _unmoved(numbers: Numbers, name: str) -> str | None:
+    form, kind = find_target(name)
+    reason: str | None = form.why_not(numbers.weight, kind, numbers.shape)
+    return reason
+
+
 def moved(numbers: Numbers, name: str) -> tuple[Quant | None, Quant | None]:
     """The Quants of weight and input as the target has them.
 
@@ -126,12 +138,12 @@ def schemes() -> tuple[str, ...]:
 def _distance(numbers: Numbers, text: str) -> tuple[Any, ...]:
     said = scheme(text)
     own = numbers.weight
-    here = (numbers.input is not None) + (numbers.input is not None and numbers.input.scale.keeps != "nothing")
-    there = (said.input is not None) + ("static" in text)
+    static = numbers.input is not None and numbers.input.scale.keeps != "nothing"
+    inputs = ((numbers.input is None) != (said.input is None), static != ("static" in text))
     if own is None:
-        return abs(here - there), -said.weight.bits, text
+        return *inputs, -said.weight.bits, text
     off = math.log2(own.grid.count) - math.log2(said.weight.grid.count)
-    return (abs(here - there), abs(off), off > 0, abs(_length(own.grain, numbers.shape) - _length(said.weight.grain, numbers.shape)), len(text), text)
+    return (*inputs, abs(off), off > 0, abs(_length(own.grain, numbers.shape) - _length(said.weight.grain, numbers.shape)), len(text), text)
 
 
 @lru_cache(maxsize=4096)
