@@ -85,9 +85,9 @@ def page() -> str:
     told = "\n".join(f"{n}. {note}" for note, n in notes.items())
     return ("<!-- made by runs/pages.py (runs/exports.py) from what the targets answer -->\n# What each export holds\n\n"
             "A cell is the answer of the target itself to a matrix of "
-            f"{SHAPE[1]} inputs. *exact*: train with `--target FORMAT:TARGET`, and the file holds the trained weights bit for bit; the type of the steps "
-            "is moved before training. A number in brackets is the reason why not, below. `can_export(model, target)` asks the same of a model of "
-            "yours, and names the nearest scheme.\n\n" + "\n".join(parts) + f"\n## Reasons\n\n{told}\n")
+            f"{SHAPE[1]} inputs. *exact*: train with `--target FORMAT:TARGET`, and the file holds the trained weights bit for bit; the type of "
+            "the steps is moved before training. A number in brackets is the reason why not, below. `can_export(model, target)` asks the same of a "
+            "model of yours, and names the nearest scheme.\n\n" + "\n".join(parts) + f"\n## Reasons\n\n{told}\n")
 
 
 if __name__ == "__main__":

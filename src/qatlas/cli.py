@@ -297,7 +297,8 @@ def doctor() -> int:
     from .record import machine, versions
 
     extras = {module: "there" if find_spec(module) else f"missing: pip install 'qatlas[{extra}]'"
-              for module, extra in (("compressed_tensors", "compressed-tensors"), ("xllamacpp", "llamacpp"), ("onnxruntime", "onnx"), ("lm_eval", "eval"),
+              for module, extra in (("compressed_tensors", "compressed-tensors"), ("xllamacpp", "llamacpp"), ("onnxruntime", "onnx"),
+                                    ("lm_eval", "eval"),
                                     ("PIL", "vision"), ("tensorboard", "tensorboard"))}
     table.pairs({**versions(), **machine(), "export targets": ", ".join(targets()), **extras})
     return 0

@@ -159,7 +159,8 @@ def plan(name: str, arguments: dict[str, Any], job: Job) -> dict[str, Any]:
         held = f"none: {job.target} holds every tensor" if job.target else "none: no target is asked for"
         also = ", ".join(name for name in holders(model) if name != job.target) if not installed(model) else ""
         return {"model": job.model, "parameters": parameters, "target": job.target or "the packed directory",
-                "refusals": held, "other targets": also or "none holds all of these numbers", "bits": round(cover.bits, 3), "coverage": cover.table(), **stop.estimate}
+                "refusals": held, "other targets": also or "none holds all of these numbers",
+                "bits": round(cover.bits, 3), "coverage": cover.table(), **stop.estimate}
     raise RunError(f"the paper {name} trains nothing, so there is nothing to plan")
 
 

@@ -152,8 +152,8 @@ def weight_errors(model: nn.Module) -> dict[str, float]:
 
 @torch.no_grad()
 def moved_scales(model: nn.Module) -> dict[str, tuple[int, int, float]]:
-    """Layer -> (moved, all, largest relative move): how many of a trainable layer's scales, learned or measured in fp32, are other numbers in the type
-    in which they are stored. Codes are taken from the stored ones, in training too, so no weight moves with them."""
+    """Layer -> (moved, all, largest relative move): how many of a trainable layer's scales, learned or measured in fp32, are other numbers in the
+    type in which they are stored. Codes are taken from the stored ones, in training too, so no weight moves with them."""
     found: dict[str, tuple[int, int, float]] = {}
     for name, layer in quantized(model).items():
         whole = layer.weight_quantizer

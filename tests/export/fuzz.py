@@ -2,7 +2,8 @@
 
 It prints a line of JSON for each file: {"n", "of", "how", "outcome"}: read, refused (a QatlasError), or wrong with what happened. Its memory is
 bounded by the kernel (ROOM beyond what it has when all whole artefacts have been read once), its time by a watchdog that ends it with a traceback
-(SECONDS for one file). An error that comes from a refused allocation counts as wrong: whoever reads a file looks before it asks for memory.
+(SECONDS for one reader of one file, generous, since machines are busy). An error that comes from a refused
+allocation counts as wrong: whoever reads a file looks before it asks for memory.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from random import Random
 from typing import Any
 
 ROOM = 2**30                                                      # bytes that one file may cost
-SECONDS = 20
+SECONDS = int(os.environ.get("QATLAS_FUZZ_SECONDS", "60"))
 WATCHED = ("pickle.find_class", "os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "pty.spawn")
-SINGLE = (".gguf", ".onnx")                                       # what an artefact of one file ends with; others are directories with the names above
+SINGLE = (".gguf", ".onnx")                                       # artefacts of one file; others are directories
 SMALL = {"num_hidden_layers": 1}
 READERS = ("holds", "read", "qtensors", "types", "unused")        # of a format: path ->
 SLOW = ("model", "logits", "answers")                             # transformers or onnxruntime run the file: asked of some
@@ -87,12 +88,13 @@ def plain(folder: Path) -> list[Artefact]:
     from qatlas.model.rules import quantize
     from qatlas.record import Record
 
-    model, source = small(folder, 64)
-    quantize(model, "w4-g32")
-    model.save_pretrained(folder / "trainable" / "model")
-    save(pack(model), folder / "packed" / "model", source)
-    (folder / "record").mkdir()
-    Record("lsq", {"bits": 4}, "qatlas run lsq", scores={"packed": {"perplexity": 2.0}}, history=[{"loss": [1.0]}]).write(folder / "record")
+    if not (folder / "record").exists():
+        model, source = small(folder, 64)
+        quantize(model, "w4-g32")
+        model.save_pretrained(folder / "trainable" / "model")
+        save(pack(model), folder / "packed" / "model", source)
+        (folder / "record").mkdir()
+        Record("lsq", {"bits": 4}, "qatlas run lsq", scores={"packed": {"perplexity": 2.0}}, history=[{"loss": [1.0]}]).write(folder / "record")
     return [Artefact("packed", folder / "packed", "model"), Artefact("trainable", folder / "trainable", "model"),
             Artefact("record", folder / "record", "record.json")]
 
@@ -100,14 +102,16 @@ def plain(folder: Path) -> list[Artefact]:
 def artefact(folder: Path, target: str, module: Any, kind: str) -> Artefact | None:
     """A run's directory with an export of this target, or None where no small Llama of ours fits."""
     from qatlas.core.error import QatlasError
+    from qatlas.export import place
     from qatlas.keep import export
     from qatlas.model.pack import pack, save
     from qatlas.model.rules import Rule, keep_full, quantize
 
-    own = module.TARGETS[kind]
+    own, home = module.TARGETS[kind], folder / target.replace(":", "-")
+    if (path := place(home / "exports", target)).exists():        # of the child before this one
+        return Artefact(target, home, path.relative_to(home).as_posix(), module, target)
     for width in (64, 256):
         model, source = small(folder, width)
-        home = folder / target.replace(":", "-")
         try:
             if own is None:
                 quantize(model, "w4-g32", target=target)
@@ -170,7 +174,7 @@ def campaign(folder: Path, count: int, seed: int, every: bool = False, say: Call
     out: dict[str, Any] = {"artefacts": [], "outcomes": outcomes, "wrong": []}
     home = Path(__file__).resolve().parent
     path = os.pathsep.join([str(home), str(home.parent), *(part for part in sys.path if part)])
-    n, silent = 0, 30 * SECONDS
+    n, silent = 0, 20 * SECONDS
     while n < count:
         child = subprocess.Popen([sys.executable, __file__, str(folder), str(n), str(count), str(seed), "ALL" if every else "SOME"], text=True,
                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
@@ -182,7 +186,7 @@ def campaign(folder: Path, count: int, seed: int, every: bool = False, say: Call
         last: dict[str, Any] = {}
         for line in child.stdout:
             dog.cancel()
-            dog = threading.Timer(2 * SECONDS, child.kill)
+            dog = threading.Timer(8 * SECONDS, child.kill)
             dog.start()
             last = json.loads(line)
             if "artefacts" in last:
@@ -219,11 +223,13 @@ def main(folder: Path, first: int, last: int, seed: int, every: bool) -> None:
     logging.set_verbosity_error()
     told = os.fdopen(os.dup(1), "w", buffering=1)                 # what libraries print goes elsewhere
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     found, seen, canary = artefacts(folder / "whole", every), [], folder / spoil.CANARY
+    warm: set[Any] = set()
     for made in found:
-        for name, call in made.readers(made.home, True):
+        slow = made.form not in warm
+        warm.add(made.form)
+        for name, call in made.readers(made.home, slow):
             assert (outcome := judge(call)) == "read", f"the whole {made.name} by {name}: {outcome}"
     told.write(json.dumps({"artefacts": [made.name for made in found]}) + "\n")
     watch(seen)
@@ -251,7 +257,8 @@ def main(folder: Path, first: int, last: int, seed: int, every: bool) -> None:
 
 def matters(how: str) -> bool:
     """Whether the spoilt file is one that every reader needs."""
-    return how.endswith(("config.json", "model.safetensors", "record.json", *SINGLE)) and not how.endswith(("generation_config.json", "tokenizer_config.json"))
+    needed = how.endswith(("config.json", "model.safetensors", "record.json", *SINGLE))
+    return needed and not how.endswith(("generation_config.json", "tokenizer_config.json"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Spoilt files: what a broken disk, a torn download or an enemy may put in the place of an artefact. Every mutation is drawn from a `random.Random`, so
+"""Spoilt files: what a broken disk, a torn download or an enemy may put in the place of an artefact. All is drawn from a `random.Random`, so
 a number names a file for ever. None of them knows a format; what they know is text, JSON, safetensors headers, and integers near names.
 
     bytes      bits flipped, truncated, lengthened, zeroed, noise, a piece twice, two names made one
@@ -20,8 +20,8 @@ from random import Random
 from typing import Any
 
 HUGE = (2**63 - 1, 2**64 - 1, 2**63, 2**62, 2**48, 2**40, 2**33, 2**32, 2**31, 2**32 - 1, 2**31 - 1, 10**6, 255, 1, 0)
-STRANGE: tuple[Any, ...] = (-1, -(2**63), 2**63, 2**40, 10**300, 0, 1, 7, 1.5, -0.0, float("nan"), float("inf"), "", "x", "../x", "\ud800", "\0", None,
-                            True, [], {}, [[]], [-1], [2**40, 2**40], [0, 0], {"a": 1}, "core.grid:Uniform", {"is": "os:system"},
+STRANGE: tuple[Any, ...] = (-1, -(2**63), 2**63, 2**40, 10**300, 0, 1, 7, 1.5, -0.0, float("nan"), float("inf"), "", "x", "../x", "\ud800", "\0",
+                            None, True, [], {}, [[]], [-1], [2**40, 2**40], [0, 0], {"a": 1}, "core.grid:Uniform", {"is": "os:system"},
                             {"is": "core.grid:Uniform", "bits": 40}, "a" * 5000)
 DEEP = 100_000
 WEIGHTS = "model.safetensors"
@@ -114,7 +114,8 @@ def number(rng: Random, raw: bytearray) -> bytearray:
 def namesake(rng: Random, raw: bytearray) -> bytearray:
     """Two names of one length made one."""
     found = [m.span() for m in re.finditer(rb"[A-Za-z][\w.]{4,}", bytes(raw[:65536]))]
-    pairs = [(a, b) for a in found for b in found[:200] if a[1] - a[0] == b[1] - b[0] and raw[slice(*a)] != raw[slice(*b)]] if len(found) < 800 else []
+    found = found[:200]
+    pairs = [(a, b) for a in found for b in found if a[1] - a[0] == b[1] - b[0] and raw[slice(*a)] != raw[slice(*b)]]
     if not pairs:
         return flips(rng, raw)
     a, b = rng.choice(pairs)
@@ -229,7 +230,7 @@ def _code(rng: Random, folder: Path, artefact: Path, canary: Path) -> None:
     """Code beside the weights that config.json asks for."""
     (artefact / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
     config = json.loads((artefact / "config.json").read_text())
-    config["auto_map"] = {name: "evil.Evil" for name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer")}
+    config["auto_map"] = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer"), "evil.Evil")
     config |= {"model_type": "evil"} if rng.random() < 0.5 else {}
     config |= {"architectures": ["Evil"]} if rng.random() < 0.5 else {}
     (artefact / "config.json").write_text(json.dumps(config))
@@ -238,7 +239,8 @@ def _code(rng: Random, folder: Path, artefact: Path, canary: Path) -> None:
 BYTES = {"flips": flips, "cut": cut, "longer": longer, "noise": noise, "twice": twice, "number": number, "namesake": namesake}
 TEXT = {"strange": strange, "gone": gone, "renamed": renamed, "double": double, "deep": deep}
 HEADER = {f"header {name}": function for name, function in TEXT.items()}
-FILES = {"pickle": _pickle, "empty": _other(Path.touch), "folder": _other(Path.mkdir), "pipe": _other(os.mkfifo), "missing": _other(lambda path: None),
-         "loop": _other(lambda path: path.symlink_to(path.name)), "endless": _other(lambda path: path.symlink_to("/dev/zero")),
+FILES = {"pickle": _pickle, "empty": _other(Path.touch), "folder": _other(Path.mkdir), "pipe": _other(os.mkfifo),
+         "missing": _other(lambda path: None), "loop": _other(lambda path: path.symlink_to(path.name)),
+         "endless": _other(lambda path: path.symlink_to("/dev/zero")),
          "exchanged": _exchanged}
 SHARDS = {"traversal": _traversal, "absolute": _absolute, "index": _index, "code": _code}

@@ -37,8 +37,8 @@ doc_to_text: ""
 doc_to_target: "{{text}}"
 metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
 """
-QUESTIONS = [{"question": "the cat sat on a", "choices": [" mat", " red"], "answer": 0}, {"question": "the dog ran to the", "choices": [" us", " red"],
-                                                                                          "answer": 1}]
+QUESTIONS = [{"question": "the cat sat on a", "choices": [" mat", " red"], "answer": 0},
+             {"question": "the dog ran to the", "choices": [" us", " red"], "answer": 1}]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import contextlib
 import difflib
 from collections.abc import Iterable, Iterator
 
-
 SAID = 400                                                        # letters of another library's message that an error quotes
 
 

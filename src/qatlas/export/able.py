@@ -1,8 +1,8 @@
 """What a target holds, found by asking it: its own `fit` is called with the numbers of a layer, and, where it refuses, with those of every scheme.
 
 There is no table of what goes with what. `Numbers` is what is said about one layer; `refusal` is the reason why a target cannot hold it, or None;
-`nearest` is the scheme closest to it that the target does hold at this shape; `holders` are the targets, of all formats, that hold it as it is. Asking
-is cheap, a question is asked once, and a format that is added is asked like the others.
+`nearest` is the scheme closest to it that the target does hold at this shape; `holders` are the targets, of all formats, that hold it as it is.
+Asking is cheap, a question is asked once, and a format that is added is asked like the others.
 
 Nearest means: inputs treated in the same way if that can be; then bits, of two as near the more; then the length of a group.
 """
@@ -89,8 +89,8 @@ def moved(numbers: Numbers, name: str) -> tuple[Quant | None, Quant | None]:
     form, kind = find_target(name)
     for quant in (numbers.input, numbers.output):
         if quant is not None and hasattr(form, "why_not_signal") and (why := form.why_not_signal(quant, kind)):
-            raise FormatError(f"{name} cannot hold this layer's quantized activations: {why}. Take static ones (w4a8-static, static=True), or a target "
-                              "that leaves them out")
+            raise FormatError(f"{name} cannot hold this layer's quantized activations: {why}. Take static ones (w4a8-static, static=True), or a "
+                              "target that leaves them out")
     says_all = hasattr(form, "fit_input")
     if says_all and numbers.output is not None:
         raise FormatError(f"{name} has no place for a quantized output; leave it out, or the target")

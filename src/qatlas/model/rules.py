@@ -314,7 +314,7 @@ def _instead(message: str, asked: Numbers | None, target: str) -> str:
     if asked is None:
         return message
     near = nearest_scheme(asked, target)
-    said = f"nearest scheme that {target} holds at this shape: {near}" if near else f"{target} holds no scheme of ours here: keep it in full precision"
+    said = f"nearest scheme that {target} holds at this shape: {near}" if near else f"{target} holds no scheme of ours here: keep it full"
     return f"{message.partition('; nearest scheme for')[0]}\n  {said}"
 
 

@@ -156,7 +156,8 @@ def _read(proto: Any) -> dict[str, Tensor]:
     from onnx import helper
 
     plain = {t.name: t for t in proto.graph.initializer}
-    nodes = [node for node in proto.graph.node if node.op_type in OURS and node.name.endswith(tuple(OURS.values())) and all(name in plain for name in node.input[1:])]
+    nodes = [node for node in proto.graph.node if node.op_type in OURS and node.name.endswith(OURS[node.op_type])]
+    nodes = [node for node in nodes if all(name in plain for name in node.input[1:])]
     nodes = [node for node in nodes if node.input[0] in plain or any(node.input[0] in other.output for other in nodes)]
     inner = {name for node in nodes for name in node.input}
     outs = [name for node in nodes for name in node.output if name not in inner]
