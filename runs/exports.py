@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import re
 
-from qatlas.core.grain import Group
+from qatlas.core.grain import Group, PerToken
 from qatlas.core.grid import Float, HalfStep, Uniform
 from qatlas.core.quantizer import Quant
 from qatlas.core.scale import AbsMax, Learned, MinMax
@@ -29,7 +29,8 @@ OTHERS = {
     "mxfp4 (E2M1-g32)": Quant(Float(2, 1), Group(32)),
     "nvfp4 (E2M1-g16)": Quant(Float(2, 1), Group(16)),
 }
-INPUTS = {"full": None, "a8": scheme("w8a8").input, "a8 static": scheme("w8a8-static").input}
+INPUTS = {"full": None, "a8": scheme("w8a8").input, "a8 static": scheme("w8a8-static").input,
+          "a8 float": Quant(Float(4, 3), PerToken(), AbsMax())}
 LONG = 150                                                        # letters of a note
 
 
@@ -78,8 +79,8 @@ def page() -> str:
             columns.setdefault(column, []).append(target.partition(":")[2])
         head = ["| scheme | " + " | ".join(", ".join(names) for names in columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
         body = [f"| {name} | " + " | ".join(column[i] for column in columns) + " |" for i, name in enumerate(rows)]
-        inputs = ("Inputs: *full* precision, *a8* one step a token found at run time, *a8 static* one step a tensor; \"exact\" alone is full "
-                  "precision, *any* all three (or the target leaves the quantizers of inputs out)."
+        inputs = ("Inputs: *full* precision, *a8* one step a token found at run time, *a8 static* one step a tensor, *a8 float* E4M3 with "
+                  "one step a token; \"exact\" alone is full precision, *any* all of them (or the target leaves the quantizers of inputs out)."
                   if says else "Inputs are not in the file; the engine treats them in its own way.")
         parts.append(f"## {form}\n\n{inputs}\n\n" + "\n".join(head + body) + "\n")
     told = "\n".join(f"{n}. {note}" for note, n in notes.items())
