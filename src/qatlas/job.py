@@ -29,7 +29,6 @@ from .export import target as find_target
 from .keep import export, folder, place, size
 from .model.coverage import describe
 from .model.exportable import holders
-from .model.inner import installed
 from .model.pack import pack
 from .model.verify import verify
 from .prepare import Job, prepare
@@ -157,7 +156,7 @@ def plan(name: str, arguments: dict[str, Any], job: Job) -> dict[str, Any]:
     except Planned as stop:
         cover = describe(model)
         held = f"none: {job.target} holds every tensor" if job.target else "none: no target is asked for"
-        also = ", ".join(name for name in holders(model) if name != job.target) if not installed(model) else ""
+        also = ", ".join(name for name in holders(model) if name != job.target)
         return {"model": job.model, "parameters": parameters, "target": job.target or "the packed directory",
                 "refusals": held, "other targets": also or "none holds all of these numbers",
                 "bits": round(cover.bits, 3), "coverage": cover.table(), **stop.estimate}

@@ -92,3 +92,12 @@ def test_a_refusal_before_training_names_the_nearest_scheme(llama):
     with pytest.raises(FormatError, match=r"nearest scheme that gguf:q4_0 holds at this shape: w4-g64"):
         quantize(llama, "w5-g64", target=TARGET)
     assert torch.is_tensor(llama.lm_head.weight)
+
+
+def test_signals_inside_attention_are_answered_too(llama):
+    key = scheme("w4a8").input
+    model = quantize(llama, [Rule("*_proj", weight=scheme("w4-g32").weight), Rule("*.self_attn:key", signal=key)])
+    first = can_export(model, "compressed-tensors:w4a16")[0]
+    assert first.name.endswith("self_attn:key") and "inside attention" in first.reason
+    assert "constant of the file" in can_export(model, "onnx:int4")[0].reason and can_export(model, "onnx:int4-weights")[0].held
+    assert can_export(model, TARGET)[0].held and "onnx:int4" not in holders(model)

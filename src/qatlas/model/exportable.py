@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.error import FormatError, QatlasError, QuantError
+from ..core.error import QatlasError, QuantError
 from ..core.quantizer import Quant
 from ..export import able, targets
 from ..export import target as find_target
@@ -83,14 +83,15 @@ def can_export(what: nn.Module | str | Sequence[Rule], target: str, shape: tuple
 def holders(model: nn.Module) -> list[str]:
     """The targets that hold the numbers of every layer of a model, if one trains for them."""
     asked = {numbers for name, layer in _layers(model).items() for numbers in _numbers(model, name, layer)}
-    return [name for name in targets() if all(able.refusal(numbers, name) is None for numbers in asked)]
+    return [name for name in targets() if all(able.refusal(numbers, name) is None for numbers in asked)
+            and all(answer.held for answer in _signals(model, name))]
 
 
 def _of_model(model: nn.Module, target: str) -> list[Answer]:
     layers = _layers(model)
     if not layers:
         raise QuantError(f"this {type(model).__name__} has no quantized layer; quantize(model, rules) comes first")
-    found = []
+    found = _signals(model, target)
     for name, layer in layers.items():
         asked = _numbers(model, name, layer)
         reasons = [_refused(layer, numbers, target) for numbers in asked]
@@ -132,10 +133,20 @@ def _answer(name: str, numbers: Numbers, reason: str | None, target: str) -> Ans
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
-    """Name -> quantized layer, each once, signals inside attention aside."""
-    if inside := list(inner.installed(model)):
-        raise FormatError(f"{inside[0]} is a quantized signal inside attention; ask for the layers before it is installed")
+    """Name -> quantized layer, each once."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, Layer)}
+
+
+def _signals(model: nn.Module, target: str) -> list[Answer]:
+    """Of each quantized signal inside attention. A format that says nothing of activations leaves them out."""
+    form, kind = find_target(target)
+    found = []
+    for address, quantizer in inner.installed(model).items():
+        reason = form.why_not_signal(quantizer.quant, kind) if hasattr(form, "why_not_signal") else None
+        if hasattr(form, "fit_input"):
+            reason = "it has no place for a quantized signal inside attention"
+        found.append(Answer(address, (), reason))
+    return found
 
 
 def _numbers(model: nn.Module, name: str, layer: Any) -> list[Numbers]:
