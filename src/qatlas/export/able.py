@@ -1,4 +1,4 @@
-"""What a target holds, found by asking it: its own `fit` is called with the numbers of a layer, and, where it refuses, with those of every scheme.
+"""What a target holds, found by asking it. Its own `fit` is called with the numbers of a layer, and, where it refuses, with those of every scheme.
 
 There is no table of what goes with what. `Numbers` is what is said about one layer; `refusal` is the reason why a target cannot hold it, or None;
 `nearest` is the scheme closest to it that the target does hold at this shape; `holders` are the targets, of all formats, that hold it as it is.
