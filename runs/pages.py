@@ -1,4 +1,5 @@
-"""Pages that are made from the code: docs/papers/*.md from the papers' heads; README's shelf and tree from the first line of each head.
+"""Pages that are made from the code: docs/papers/*.md from the papers' heads; README's shelf and tree from the first line of each head;
+docs/exports.md from what the targets answer (runs/exports.py).
 
 A paper's page ends with the figures docs/figures/<paper>_*.png and .svg, where there are any.
 
@@ -8,9 +9,11 @@ A paper's page ends with the figures docs/figures/<paper>_*.png and .svg, where 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "qatlas"
@@ -98,7 +101,17 @@ def pages() -> dict[Path, str]:
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     made = {ROOT / "README.md": between(between(readme, "shelf", shelf()), "tree", tree())}
-    return made | {ROOT / "docs" / "papers" / f"{name}.md": paper(name) for name in papers.names()}
+    made |= {ROOT / "docs" / "papers" / f"{name}.md": paper(name) for name in papers.names()}
+    return made | {ROOT / "docs" / "exports.md": sibling("exports").page()}
+
+
+def sibling(name: str) -> Any:
+    """Another script of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "runs" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from tiny import Stop, llama, quantized, task
 
 from qatlas import record as module
 from qatlas.core.error import CheckpointError
-from qatlas.record import Record, Watch, listing, machine, peak_memory, versions, weight_errors
+from qatlas.record import Record, Watch, listing, machine, moved_scales, peak_memory, versions, weight_errors
 from qatlas.train.fit import fit
 from qatlas.train.optim import AdamW
 from qatlas.train.run import Run
@@ -118,3 +118,25 @@ def test_a_run_of_two_fits_is_watched_as_one():
     fit(model, one, steps=3)
     fit(model, one.later(3), steps=4)
     assert [step for step, _ in record.curve] == [2, 4, 6]
+
+
+def test_scales_that_the_last_rounding_moved_are_counted():
+    from torch import nn
+
+    from qatlas.model.rules import quantize
+
+    torch.manual_seed(0)
+    model = quantize(nn.Sequential(nn.Linear(64, 4), nn.Linear(4, 2)), "w4-g32", target="onnx:int4")
+    assert moved_scales(model) == {}, "steps in fp32 are stored as they are"
+    torch.manual_seed(0)
+    model = quantize(nn.Sequential(nn.Linear(64, 4), nn.Linear(4, 2)), "w4-g32", target="gguf:q4_0")
+    found = moved_scales(model)
+    moved, count, most = found["0"]
+    assert set(found) == {"0"} and 0 < moved <= count == 8 and 0 < most <= 2**-11
+    scale = model[0].weight_quantizer.scale
+    with torch.no_grad():
+        scale.copy_(scale.half())
+    assert moved_scales(model)["0"] == (0, 8, 0.0)
+    with torch.no_grad():
+        scale[0, 0] *= 1 + 2**-12
+    assert moved_scales(model)["0"][0] == 1

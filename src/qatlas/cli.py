@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from . import table
-from .core.error import CheckpointError, DataError, FormatError, QatlasError, unknown
-from .flags import Parser, essay, first_line, run_parser
+from .core.error import CheckpointError, DataError, FormatError, QatlasError, RunError, unknown
+from .flags import Parser, essay, first_line, many, run_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,10 +67,11 @@ def command(argv: list[str]) -> int:
     function = COMMANDS[name]
     parser = Parser(prog=f"qatlas {name}", description=essay(function))
     parser.add_argument("--config", action="config", help="a YAML file of these flags")
-    parser.add_function_arguments(function, as_positional=True)
+    several = many(parser, function)
+    parser.add_function_arguments(function, as_positional=not several)
     given = parser.bare().parse_args(rest)
     given.pop("config", None)
-    return function(**vars(given))
+    return function(*(given.pop(several) if several else ()), **vars(given))
 
 
 def _run(argv: list[str]) -> int:
@@ -151,21 +152,49 @@ def show(paper: str) -> int:
     return 0
 
 
-def evaluate(directory: str, data: str | None = None, length: int | None = None, batch: int = 8) -> int:
-    """Judge a saved model on held-out data.
+def evaluate(*directory: str, data: str | None = None, length: int | None = None, batch: int = 8, tasks: str | None = None,
+             task_path: str | None = None, limit: int | None = None, shots: int | None = None) -> int:
+    """Judge saved models: on held-out data, or on benchmarks.
+
+    Held-out data, by default what the run was trained on:
+
+        qatlas eval DIR
+        qatlas eval DIR --data FILE
+
+    Benchmarks, asked by lm-eval (pip install 'qatlas[eval]') of the packed model as it is; the scores are printed side by side and kept in eval.json
+    of each directory:
+
+        qatlas eval DIR --tasks lambada_openai,piqa            tasks of lm-eval's list, data from the Hub
+        qatlas eval DIR OTHER --tasks animals --task_path TASKS    tasks of your own: YAML files in the folder TASKS, data beside them
 
     Args:
-        directory: of a run, or of any transformers model.
+        directory: of a run, or of any transformers model; several are judged one after the other.
         data: a hub id, a file, or builtin:docs; by default what the run was trained on.
         length: tokens of a window; by default those of the run, else 256.
         batch: rows of a forward.
+        tasks: benchmarks by name, with commas between them.
+        task_path: a folder with benchmarks as YAML files; then only those are known.
+        limit: documents of each benchmark, for a quick look.
+        shots: examples before each question; by default what the benchmark says.
     """
+    quiet()
+    if tasks:
+        return _benchmark(list(directory), [task.strip() for task in tasks.split(",") if task.strip()], task_path, limit, shots, batch)
+    if wrong := [name for name, value in (("task_path", task_path), ("limit", limit), ("shots", shots)) if value is not None]:
+        raise DataError(f"--{wrong[0]} is of benchmarks; say which: --tasks NAME,NAME")
+    for each in directory:
+        found = _judged(each, data, length, batch)
+        print(each) if len(directory) > 1 else None
+        table.pairs(found)
+    return 0
+
+
+def _judged(directory: str, data: str | None, length: int | None, batch: int) -> dict[str, float]:
     from .prepare import Job, prepare
     from .record import Record
     from .train.evaluate import evaluate as judge
     from .train.run import Run
 
-    quiet()
     if data is None and not (Path(directory) / "record.json").is_file():
         raise DataError(f"{directory} holds no record.json that says what it was trained on; say what to judge it on: --data FILE, a hub id, "
                         "or builtin:docs")
@@ -175,7 +204,22 @@ def evaluate(directory: str, data: str | None = None, length: int | None = None,
         settings["length"] = length
     job = Job(model=directory, data=ran.data if ran is not None and data is None else str(data), batch=batch, **settings)
     model, _, task = prepare(job, Run(None, progress=False))
-    table.pairs(judge(model, task))
+    return dict(judge(model, task))
+
+
+def _benchmark(directories: list[str], tasks: list[str], task_path: str | None, limit: int | None, shots: int | None, batch: int) -> int:
+    from .model.load import load
+    from .train.benchmark import benchmark, keep, lacks
+
+    if lacks():
+        raise RunError(str(lacks()))
+    scores = {}
+    for each in directories:
+        model, tokenizer = load(each)
+        scores[each] = benchmark(model, tokenizer, tasks, task_path=task_path, limit=limit, shots=shots, batch=batch)
+        if Path(each).is_dir():
+            keep(each, scores[each], limit=limit, shots=shots)
+    table.benchmarks(scores)
     return 0
 
 
@@ -256,7 +300,7 @@ def doctor() -> int:
 
     extras = {module: "there" if find_spec(module) else f"missing: pip install 'qatlas[{extra}]'"
               for module, extra in (("compressed_tensors", "compressed-tensors"), ("torchao", "torchao"), ("xllamacpp", "llamacpp"),
-                                    ("onnxruntime", "onnx"), ("PIL", "vision"), ("tensorboard", "tensorboard"))}
+                                    ("onnxruntime", "onnx"), ("lm_eval", "eval"), ("PIL", "vision"), ("tensorboard", "tensorboard"))}
     table.pairs({**versions(), **machine(), "export targets": ", ".join(targets()), **extras})
     return 0
 

@@ -49,6 +49,15 @@ def essay(function: Callable[..., Any]) -> str:
     return (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
 
 
+def many(parser: Parser, function: Callable[..., Any]) -> str:
+    """Let the parser take one or more words for `*name` of a function; the name, or nothing where it has none."""
+    found = next((p.name for p in inspect.signature(function).parameters.values() if p.kind is inspect.Parameter.VAR_POSITIONAL), "")
+    if found:
+        told = re.search(rf"^\s*{found}: (.*)$", inspect.getdoc(function) or "", re.M)
+        parser.add_argument(found, nargs="+", type=str, help=told.group(1) if told else "")
+    return found
+
+
 def run_parser(paper: str) -> Parser:
     """The parser of one paper: its function's arguments, and what all papers share."""
     from . import papers

@@ -28,10 +28,11 @@ from .export import files
 from .export import target as find_target
 from .keep import export, folder, place, size
 from .model.coverage import describe
+from .model.exportable import holders
 from .model.pack import pack
 from .model.verify import verify
 from .prepare import Job, prepare
-from .record import Record, Watch, peak_memory, weight_errors
+from .record import Record, Watch, moved_scales, peak_memory, weight_errors
 from .report import report
 from .train.evaluate import evaluate
 from .train.run import Run
@@ -163,7 +164,9 @@ def plan(name: str, arguments: dict[str, Any], job: Job) -> dict[str, Any]:
     around = own - sum(sum(history.seconds) for history in control.histories)                 # what the paper does outside of its steps
     times = 2 + ((steps - 1) // job.watch if job.watch else 0)    # before the first step, along the way, after the last
     held = f"none: {job.target} holds every tensor" if job.target else "none: no target is asked for"
+    also = ", ".join(name for name in holders(model) if name != job.target)
     return {"model": job.model, "parameters": parameters, "target": job.target or "the packed directory", "refusals": held,
+            "other targets": also or "none holds all of these numbers",
             "bits": round(cover.bits, 3), "coverage": cover.table(), "signals": cover.inside(),
             "phases": ", ".join(f"{cost.steps} steps" for cost in costs), "steps": steps, "tokens": sum(cost.tokens for cost in costs),
             "seconds a step": training / steps, "training": training, "judging": full + times * judging,
@@ -204,6 +207,7 @@ def _describe(record: Record, model: nn.Module, task: Task, control: Run) -> Non
     record.coverage, record.signals, record.bits = cover.table(), cover.inside(), cover.bits
     record.rules = [rule.to_json() for rule in getattr(model, "qatlas_rules", ())]
     record.history = [dataclasses.asdict(history) for history in control.histories]
+    record.rounded = moved_scales(model)
     after = weight_errors(model)
     record.errors = {name: (record.errors.get(name, (error, error))[0], error) for name, error in after.items()}
 

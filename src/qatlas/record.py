@@ -25,6 +25,8 @@ import torch
 from torch import nn
 
 from .core.error import CheckpointError
+from .core.quantizer import Quantizer, working
+from .layers.rows import RowsQuantizer
 from .model.probe import undisturbed
 from .model.rules import quantized
 from .train.evaluate import evaluate
@@ -41,8 +43,9 @@ class Record:
 
     history: one dict of lists a fit (see train.tactic.History). curve: (step, metrics) of held-out scores along the way. coverage: rows of
     model.coverage; signals: its quantizers inside attention. errors: layer -> relative error of its weight, |w - hard|^2 / |w|^2, before and
-    after training. samples: stage -> text. proofs: what was compared with what, and how it came out. memory: the largest up to the end of each
-    stage. job: what all papers share (see job.Job). sums: file, relative to the directory, -> sha256.
+    after training. rounded: layer -> (scales that the last rounding to the stored type moved, all scales, the largest relative move), for layers
+    whose scales are not stored in fp32 as they are. samples: stage -> text. proofs: what was compared with what, and how it came out. memory: the
+    largest up to the end of each stage. job: what all papers share (see job.Job). sums: file, relative to the directory, -> sha256.
     """
 
     paper: str
@@ -62,6 +65,7 @@ class Record:
     history: list[dict[str, list[float]]] = field(default_factory=list)
     curve: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    rounded: dict[str, tuple[int, int, float]] = field(default_factory=dict)
     samples: dict[str, str] = field(default_factory=dict)
     proofs: list[dict[str, Any]] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
@@ -96,7 +100,7 @@ class Record:
             raise CheckpointError(f"{out} holds no record.json, so it is not the directory of a qatlas run; found: {listing(Path(out))}")
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a record of this qatlas: {error}") from None
 
 
@@ -145,6 +149,26 @@ def weight_errors(model: nn.Module) -> dict[str, float]:
         if layer.weight_quantizer is not None:
             off, whole = (layer.weight - layer.hard()).square().sum(), layer.weight.square().sum()
             found[name] = float(off / whole.clamp(min=1e-30))
+    return found
+
+
+@torch.no_grad()
+def moved_scales(model: nn.Module) -> dict[str, tuple[int, int, float]]:
+    """Layer -> (moved, all, largest relative move): how many of a trainable layer's scales, learned or measured in fp32, are other numbers in the
+    type in which they are stored. Codes are taken from the stored ones, in training too, so no weight moves with them."""
+    found: dict[str, tuple[int, int, float]] = {}
+    for name, layer in quantized(model).items():
+        whole = layer.weight_quantizer
+        parts: list[Any] = [] if whole is None else [(whole, layer.source())]
+        if isinstance(whole, RowsQuantizer):
+            parts = list(zip(whole.parts, layer.source().chunk(len(whole.parts)), strict=True))
+        for part, x in parts:
+            if not isinstance(part, Quantizer) or (part.quant.scale.dtype == "float32" and part.quant.scale.nested is None):
+                continue
+            before = part.place(part.quant.grain.view(working(x.detach()))).s
+            off = (part.quant.scale.cast(before) - before).abs() / before.abs().clamp(min=torch.finfo(torch.float32).tiny)
+            moved, count, most = found.get(name, (0, 0, 0.0))
+            found[name] = (moved + int((off > 0).sum()), count + off.numel(), max(most, float(off.max())))
     return found
 
 

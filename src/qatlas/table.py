@@ -65,6 +65,24 @@ def _said(name: str, value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def benchmarks(found: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Directory -> task -> metric -> value: one row a task and metric, the directories side by side."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in ("task", "metric", *found):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right", overflow="fold")
+    rows = dict.fromkeys((task, metric) for scores in found.values() for task, mine in scores.items() for metric in mine if not metric.endswith("±"))
+    for task, metric in rows:
+        cells = []
+        for scores in found.values():
+            value, error = (scores.get(task, {}).get(name) for name in (metric, f"{metric} ±"))
+            cells.append(("" if value is None else f"{value:.4g}") + (f" ± {error:.2g}" if error else ""))
+        table.add_row(task, metric, *cells)
+    Console().print(table)
+
+
 def pairs(found: dict[str, Any]) -> None:
     """Names and values."""
     wide = max((len(name) for name in found), default=0) + 1

@@ -221,3 +221,11 @@ def test_many_layers_fold_into_blocks():
     assert len(figure(llama(4), "errors").axes[0].get_yticks()) == 32
     assert len(figure(llama(28), "errors").axes[0].get_yticks()) == 28
     assert len(figure(llama(300), "errors").axes[0].get_yticks()) <= 60
+
+
+def test_scales_that_the_last_rounding_moved_are_told(tmp_path):
+    record = llama()
+    record.rounded = {"a": (3, 8, 2e-4), "b": (0, 8, 0.0)}
+    assert "moved 3 of 16, by at most 0.02 %." in report(record, tmp_path / "page.html").read_text()
+    record.rounded = {"a": (0, 8, 0.0)}
+    assert "moved 0 of 8." in report(record, tmp_path / "page.html").read_text()

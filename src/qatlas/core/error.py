@@ -6,8 +6,11 @@ Anything else that escapes is a fault of ours.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+SAID = 400                                                        # letters of another library's message that an error quotes
 
 
 class QatlasError(Exception):
@@ -36,6 +39,24 @@ class DataError(QatlasError):
 
 class RunError(QatlasError):
     """A run that cannot start or go on: a directory in use, a missing extra, a flag that no paper has."""
+
+
+@contextlib.contextmanager
+def foreign(what: str, kind: type[QatlasError] = FormatError) -> Iterator[None]:
+    """Whatever another library raises inside, as an error of ours that begins with `what`: on a damaged file its readers raise anything.
+
+    >>> with foreign("the file x cannot be read"):
+    ...     [][1]
+    Traceback (most recent call last):
+    qatlas.core.error.FormatError: the file x cannot be read (IndexError: list index out of range)
+    """
+    try:
+        yield
+    except QatlasError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:SAID]
+        raise kind(f"{what} ({type(error).__name__}{': ' if said else ''}{said})") from error
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:

@@ -14,6 +14,7 @@ model would hold with them, `check` compares that with the headers of the files.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..core.error import CheckpointError, QuantError, nearest
+from ..core.error import SAID, CheckpointError, QuantError, nearest
 from ..core.noun import from_json
 from ..layers.packed import Packed, Store, blank_quantizer, steps_of
 from ..layers.quantized import Layer, Quantized
@@ -208,21 +209,54 @@ def header(files: Iterable[Path | str]) -> dict[str, tuple[tuple[int, ...], str]
     """Name -> (shape, type) of safetensors files, without reading the data.
 
     Raises:
-        CheckpointError: a file that is truncated, or none of safetensors.
+        CheckpointError: a file that is truncated, or none of safetensors; a tensor that two files hold.
     """
     out = {}
     for file in files:
+        if not Path(file).is_file():                              # neither is a pipe, at which a reader would wait
+            raise CheckpointError(f"{file} is no file; the copy is not complete")
         if Path(file).suffix != ".safetensors":
             raise CheckpointError(f"{file} is a pickle file, which is never opened; convert it to safetensors where it was made "
                                   "(model.save_pretrained writes them)")
         try:
             with safe_open(str(file), "pt") as data:
                 for name in list(data.keys()):
+                    if name in out:
+                        raise CheckpointError(f"{file} holds {name}, and so does a file before it; they are not of one save")
                     part = data.get_slice(name)
                     out[name] = (tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is truncated or no safetensors file ({error}); copy or save it again") from None
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{file} is truncated or no safetensors file ({str(error)[:SAID]}); copy or save it again") from None
     return out
+
+
+def within(folder: Path | str) -> None:
+    """Raises CheckpointError: the index of a sharded model names what is no file of this directory. (A link may lead elsewhere: those of the Hub's
+    cache do, and whoever unpacks a directory sees them.)"""
+    for index in sorted(Path(folder).glob("*.safetensors.index.json")):
+        said = read_json(index)
+        names = said.get("weight_map") if isinstance(said, dict) else None
+        if not isinstance(names, dict) or not names:
+            raise CheckpointError(f"{index} has no weight_map; copy or save it again")
+        for name in names.values():
+            if not isinstance(name, str) or name != Path(name).name or not (index.parent / name).is_file():
+                raise CheckpointError(f"{index} sends readers to {str(name)[:80]!r}, which is no file of its directory; copy or save it again")
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        CheckpointError: a file that is none, or no JSON. FileNotFoundError: no file.
+    """
+    if file.exists() and not file.is_file():
+        raise CheckpointError(f"{file} is no file; copy or save it again")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{file} is no JSON ({error}); copy or save it again") from None
 
 
 def check(want: Mapping[str, tuple[int, ...]], have: Mapping[str, tuple[tuple[int, ...], str]], where: Any, excused: Iterable[str] = ()) -> None:

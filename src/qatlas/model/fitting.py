@@ -16,8 +16,11 @@ from torch import nn
 from ..core.error import FormatError
 from ..core.quantizer import Quant
 from ..export import target as find_target
+from ..export.able import Numbers
+from ..export.able import nearest as nearest_scheme
 from ..layers.linear import QTransposed
 from ..layers.quantized import Quantized, Slots
+from ..layers.rows import Rows
 from . import fused
 from .roles import Role, roles
 
@@ -60,8 +63,27 @@ def fitted(model: nn.Module, layers: Mapping[str, type[Quantized]], plan: Mappin
     if refused:
         first, more = next(iter(refused)), list(refused)[1:]
         also = f"\n  refused as well: {len(more)} more layers ({', '.join(more[:3])}{', ...' if more[3:] else ''})" if more else ""
-        raise FormatError(f"{first}: {refused[first]}{also}") from None
+        known = first in plan and plan[first].norm is None        # neither a signal's address nor a layer that no scheme would help
+        asked = _asked(model, first, plan[first], layers[first], role) if known else None
+        raise FormatError(f"{first}: {_instead(str(refused[first]), asked, target)}{also}") from None
     return out
+
+
+def _asked(model: nn.Module, name: str, slots: Slots, layer: type[Quantized], role: Mapping[str, set[Role]]) -> Numbers:
+    """What is said about a layer, as a question to a target."""
+    weight: Any = model.get_submodule(name).weight
+    shape = tuple(weight.T.shape if layer is QTransposed else weight.shape)
+    quant = next((part for part in slots.weight.parts if part), None) if isinstance(slots.weight, Rows) else slots.weight
+    return Numbers(quant, slots.input, slots.output, shape, layer.replaces.__name__, not role.get(name, set()) & {Role.EMBEDDING, Role.HEAD})
+
+
+def _instead(message: str, asked: Numbers | None, target: str) -> str:
+    """A refusal with the nearest scheme that the target holds, found by asking."""
+    if asked is None:
+        return message
+    near = nearest_scheme(asked, target)
+    said = f"nearest scheme that {target} holds at this shape: {near}" if near else f"{target} holds no scheme of ours here: keep it full"
+    return f"{message.partition('; nearest scheme for')[0]}\n  {said}"
 
 
 def _move(form: Any, kind: str, body: bool, quant: Quant, shape: tuple[int, ...]) -> Quant:

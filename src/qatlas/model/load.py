@@ -12,7 +12,6 @@ that exists as a pickle only is refused, and so is code that comes with a model 
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +92,16 @@ def _check(path: Path) -> bool:
     found = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json; found: {found}. Give the directory that holds config.json and model.safetensors")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path / 'config.json'} is no JSON ({error}); copy or save it again") from None
+    config = artefact.read_json(path / "config.json")
     files = sorted(path.glob("*.safetensors"))
     if not files:
         pickles = [p.name for kind in PICKLES for p in path.glob(kind)]
         why = f"only pickle files ({', '.join(pickles)}), which are never opened; convert them where they were made" if pickles else f"found: {found}"
         raise CheckpointError(f"{path} has no safetensors weights: {why}")
+    artefact.within(path)
     artefact.header(files)
-    return isinstance(config.get("quantization_config"), dict) and config["quantization_config"].get("quant_method") == artefact.METHOD
+    said = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(said, dict) and said.get("quant_method") == artefact.METHOD
 
 
 def _from(where: str, task: str, config: dict[str, Any], told: str) -> tuple[nn.Module, Any]:

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..core.error import CheckpointError, QuantError
+from ..core.error import CheckpointError, QuantError, foreign
 from ..core.qtensor import QTensor
 from ..export.checkpoint import TOKENIZER, Checkpoint, appearing
 from ..layers.packed import Packed
@@ -121,14 +121,17 @@ def load_packed(path: Path | str, dtype: torch.dtype | str = "auto") -> nn.Modul
     import transformers
 
     config = read_config(path)
-    names = config.get("architectures") or []
-    cls = getattr(transformers, names[0], None) if names else None
-    if cls is None:
-        found = names[0] if names else (config.get("qatlas") or {}).get("class", "a model")
+    names = config.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    cls = getattr(transformers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        said = config.get("qatlas")
+        found = name or (said.get("class") if isinstance(said, dict) else None) or "a model"
         raise CheckpointError(f"{path} holds {found}, which transformers cannot build; "
                               "build it in full precision and call load_into(model, path)")
     _files(path)
-    return cls.from_pretrained(str(path), dtype=dtype, local_files_only=True, use_safetensors=True)
+    with foreign(f"{path} cannot be loaded", CheckpointError):
+        return cls.from_pretrained(str(path), dtype=dtype, local_files_only=True, use_safetensors=True)
 
 
 def load_into(model: nn.Module, path: Path | str) -> nn.Module:
@@ -170,16 +173,16 @@ def read_config(path: Path | str) -> dict[str, Any]:
     """
     file = Path(path) / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = artefact.read_json(file)
     except FileNotFoundError:
         found = ", ".join(sorted(p.name for p in Path(path).iterdir())) or "nothing" if Path(path).is_dir() else "no such directory"
         raise CheckpointError(f"{path} has no config.json (found: {found}); give a directory that qatlas.save has written") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); copy or save it again") from None
     ours = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(ours, dict):
         raise CheckpointError(f"{path} holds a model in full precision (config.json has no quantization_config); use load(path)")
-    if hub.QatlasConfig.from_dict(ours).form == "asked":
+    with foreign(f"{file}: its quantization_config cannot be read", CheckpointError):
+        form = hub.QatlasConfig.from_dict(ours).form
+    if form == "asked":
         raise CheckpointError(f"{path} has rules and no layers: it would load without a single quantized tensor. Save it again")
     return config
 
@@ -190,6 +193,7 @@ def _files(path: Path | str) -> list[Path]:
         pickles = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in Path(path).glob(kind))
         raise CheckpointError(f"{path} has no model.safetensors" + (f", only {', '.join(pickles)}: pickle files are never opened; "
                               "convert them to safetensors where they were made" if pickles else "; the copy is not complete"))
+    artefact.within(path)
     artefact.header(files)
     return files
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.error import CheckpointError, FormatError, QatlasError
+from ..core.error import CheckpointError, FormatError, QatlasError, foreign
 from ..core.qtensor import QTensor
 from ..core.quantizer import Quantizer
 from ..export import named, place
@@ -146,13 +146,8 @@ def _export(model: nn.Module, target: str, path: Path, asked: list[Tensor]) -> l
         left_out = []
         first = Proof(f"{target} holds the trained weights", READER, False, str(error))
     proofs = [first]
-    ids = [rows[0].tolist() for rows in asked]
     if first.passed and hasattr(form, "logits"):
-        with _inputs_off(model):
-            ours, theirs = _answers(model, asked), form.logits(path, ids)
-        same = torch.equal(ours, theirs)
-        proofs.append(Proof(f"{target} computes what the packed weights compute, inputs unquantized", "transformers, gguf_file", same,
-                            f"logits of {len(ids)} prompts {'equal' if same else f'differ by up to {float((ours - theirs).abs().max()):.1e}'}"))
+        proofs.append(_bare(model, target, path, form.logits, asked))
     if first.passed and hasattr(form, "model"):
         proofs.append(_loaded(model, target, path, form, asked))
     if first.passed and hasattr(form, "answers"):
@@ -162,23 +157,42 @@ def _export(model: nn.Module, target: str, path: Path, asked: list[Tensor]) -> l
     return proofs
 
 
+def _bare(model: nn.Module, target: str, path: Path, ask: Any, asked: list[Tensor]) -> Proof:
+    claim, reader = f"{target} computes what the packed weights compute, inputs unquantized", "transformers, gguf_file"
+    with _inputs_off(model):
+        ours = _answers(model, asked)
+    try:
+        with foreign(f"transformers cannot run {path}"):
+            theirs = ask(path, [rows[0].tolist() for rows in asked])
+    except QatlasError as error:
+        return Proof(claim, reader, False, str(error))
+    same = torch.equal(ours, theirs)
+    return Proof(claim, reader, same, f"logits of {len(asked)} prompts {'equal' if same else f'differ by up to {_apart(ours, theirs)}'}")
+
+
+def _apart(ours: Tensor, theirs: Tensor) -> str:
+    return f"{float((ours - theirs).abs().max()):.1e}" if ours.shape == theirs.shape else f"{tuple(ours.shape)} and {tuple(theirs.shape)}"
+
+
 def _loaded(model: nn.Module, target: str, path: Path, form: Any, asked: list[Tensor]) -> Proof:
     """Equal; or, where the format says why it only comes near, within TIES of the largest logit."""
     claim, reader = f"{target} computes what the packed model computes", "transformers from_pretrained"
     tolerance = "equal"
     try:
-        if why := form.near(path) if hasattr(form, "near") else None:
-            tolerance = f"{TIES:g} of the largest logit: {why}"
-        theirs = form.model(path)
-        if isinstance(theirs, str):
-            return Proof(claim, reader, None, theirs, "")
-        ours, answers = _answers(model, asked), _answers(theirs, asked)
-    except (QatlasError, RuntimeError) as error:
+        with foreign(f"what transformers loads from {path} does not answer"):
+            if why := form.near(path) if hasattr(form, "near") else None:
+                tolerance = f"{TIES:g} of the largest logit: {why}"
+            theirs = form.model(path)
+            if isinstance(theirs, str):
+                return Proof(claim, reader, None, theirs, "")
+            answers = _answers(theirs, asked)
+    except QatlasError as error:
         return Proof(claim, reader, False, str(error), tolerance)
+    ours = _answers(model, asked)
     if why:
         return Proof(claim, reader, *_close(ours, answers, TIES), tolerance)
     same = torch.equal(ours, answers)
-    off = "" if same else f" by up to {float((ours - answers).abs().max()):.1e}"
+    off = "" if same else f" by up to {_apart(ours, answers)}"
     return Proof(claim, reader, same, f"logits of {len(asked)} prompts {'equal' if same else f'differ{off}'}")
 
 

@@ -118,6 +118,11 @@ def _summary(record: Record) -> list[str]:
     if last and finite(record.sizes.get(FULL)):
         said.append(f"{last}: {size(record.sizes[last])}, {smaller(record.sizes[last], record.sizes[FULL])} than full precision."
                     .replace("same size than", "the same size as"))
+    moved, count = (sum(row[i] for row in record.rounded.values()) for i in (0, 1))
+    if count:
+        most = max(row[2] for row in record.rounded.values())
+        said.append(f"The last rounding of the scales to the type that is stored moved {moved:,} of {count:,}"
+                    + (f", by at most {100 * most:.2g} %." if moved else "."))
     judged = [proof["passed"] for proof in record.proofs if isinstance(proof.get("passed"), bool)]
     if judged and all(judged):
         said.append({1: "The one proof passed.", 2: "Both proofs passed."}.get(len(judged), f"All {len(judged)} proofs passed."))

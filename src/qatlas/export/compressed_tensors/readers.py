@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.error import FormatError
+from ...core.error import SAID, FormatError, foreign
 from .fitting import NAME
 
 
@@ -38,6 +38,11 @@ def read(path: str | Path) -> dict[str, Tensor]:
     """
     if lacks():
         raise FormatError(str(lacks()))
+    with foreign(f"{path} is no whole {NAME} directory; write it anew"):
+        return _read(path)
+
+
+def _read(path: str | Path) -> dict[str, Tensor]:
     groups, tensors = _groups(path), _tensors(path)
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -57,27 +62,29 @@ def model(path: str | Path) -> nn.Module | str:
     Raises:
         FormatError: a directory that transformers refuses.
     """
-    import transformers
-
     if lacks():
         return str(lacks())
+    with foreign(f"transformers cannot load {path}"), _silent(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")                           # that a setting of ours overrides the file's
+        return _model(path)
+
+
+def _model(path: str | Path) -> nn.Module | str:
+    import transformers
+
     config = _json(path)
+    _file(Path(path) / "model.safetensors")
     groups = config["quantization_config"]["config_groups"]
     hard = {name for name, group in groups.items() if "fp4" in group["format"] or ("pack" in group["format"] and not group["weights"]["symmetric"])}
     if hard and len(groups) > 1:
         return (f"transformers loads {'FP4 and ' if any('fp4' in groups[n]['format'] for n in hard) else ''}packed weights with zero points with "
                 f"dequantize=True alone, and then reads every layer by the first of the {len(groups)} config groups")
     more = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if hard else {}
-    with _silent(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")                           # that a setting of ours overrides the file's
-        try:
-            cls = getattr(transformers, config["architectures"][0])
-            made = cls.from_pretrained(Path(path), dtype=torch.float32, local_files_only=True, use_safetensors=True, **more).eval()
-            if not hard:
-                made.hf_quantizer.compressor.decompress_model(made)         # its first forward would, with bars
-            return made
-        except (OSError, ValueError, RuntimeError, KeyError, AttributeError, AssertionError) as error:
-            raise FormatError(f"transformers cannot load {path}: {error}") from error
+    cls = getattr(transformers, config["architectures"][0])
+    made = cls.from_pretrained(Path(path), dtype=torch.float32, local_files_only=True, use_safetensors=True, **more).eval()
+    if not hard:
+        made.hf_quantizer.compressor.decompress_model(made)       # its first forward would, with bars
+    return made
 
 
 def _decompressed(path: str | Path, layer: str, part: dict[str, Tensor], groups: dict[str, Any]) -> Tensor:
@@ -103,16 +110,14 @@ def _groups(path: str | Path) -> dict[str, Any]:
     try:
         return dict(QuantizationConfig.model_validate(_json(path)["quantization_config"]).config_groups)
     except ValueError as error:
-        raise FormatError(f"{path}/config.json has a quantization_config that {NAME} refuses: {error}") from None
+        raise FormatError(f"{path}/config.json has a quantization_config that {NAME} refuses: {str(error)[:SAID]}") from None
 
 
 def _json(path: str | Path) -> dict[str, Any]:
     file = Path(path) / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FormatError(f"there is no {NAME} directory {path}: it has no config.json") from None
-    except (ValueError, OSError) as error:
+        config = json.loads(_file(file).read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
         raise FormatError(f"{file} cannot be read ({error}); write it anew") from None
     said = config.get("quantization_config") if isinstance(config, dict) else None
     method = said.get("quant_method") if isinstance(said, dict) else None
@@ -125,11 +130,17 @@ def _tensors(path: str | Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    file = Path(path) / "model.safetensors"
+    file = _file(Path(path) / "model.safetensors")
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
-        raise FormatError(f"{file} is no whole safetensors file: {error}. It is truncated or of another kind; write it anew") from None
+        raise FormatError(f"{file} is no whole safetensors file: {str(error)[:SAID]}. It is truncated or of another kind; write it anew") from None
+
+
+def _file(path: Path) -> Path:
+    if not path.is_file():                                        # neither is a pipe, at which a reader would wait
+        raise FormatError(f"there is no {NAME} directory {path.parent}: it has no file {path.name}")
+    return path
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ q2_k, q3_k, q4_k, q5_k, q6_k; mxfp4.
     llama.py               names, keys, the order of q and k rows
     vocab.py               the tokenizer in the header
     file.py                write, read
+    header.py              a header looked over before it is believed
     llamacpp.py            ask llama.cpp itself
     readers.py             what others read in a file
 

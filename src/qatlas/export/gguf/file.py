@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...core.error import FormatError, unknown
+from ...core.error import FormatError, foreign, unknown
 from ...core.qtensor import QTensor
 from ..checkpoint import Checkpoint, appearing, vacant
 from . import llama
 from .fitting import PLAIN, held
+from .header import check
 from .layout import LAYOUTS, to_bytes
 from .vocab import vocabulary
 
@@ -95,9 +96,14 @@ def read(path: str | Path) -> dict[str, Tensor]:
     Raises:
         FormatError: no file, a truncated or foreign one, or another architecture.
     """
+    reader = open_file(path)
+    with foreign(f"{path} is no whole GGUF file; write it anew"):
+        return _read(path, reader)
+
+
+def _read(path: str | Path, reader: Any) -> dict[str, Tensor]:
     import gguf
 
-    reader = open_file(path)
     architecture = field(reader, "general.architecture")
     if architecture not in llama.ARCHITECTURES:
         raise FormatError(f"{path} holds the architecture {architecture!r}; the GGUF reader knows {', '.join(llama.ARCHITECTURES)}")
@@ -126,10 +132,9 @@ def open_file(path: str | Path) -> Any:
 
     if not Path(path).is_file():
         raise FormatError(f"there is no GGUF file {path}")
-    try:
+    with foreign(f"{path} is no whole GGUF file; it is truncated or of another kind, write it anew"):
+        check(path)
         reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, OSError, TypeError, AttributeError) as error:
-        raise FormatError(f"{path} is no whole GGUF file: {error}. It is truncated or of another kind; write it anew") from None
     if not reader.tensors:
         raise FormatError(f"{path} is a GGUF file without tensors; it is truncated or a vocabulary only")
     return reader

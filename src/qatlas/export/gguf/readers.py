@@ -9,18 +9,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...core.error import foreign
+from .file import open_file
 from .llamacpp import available, many_logprobs
 
 
 @torch.no_grad()
 def logits(path: str | Path, prompts: list[list[int]]) -> Tensor:
-    """(prompts, vocabulary) fp32: what transformers computes after each prompt with the file's weights."""
+    """(prompts, vocabulary) fp32: what transformers computes after each prompt with the file's weights.
+
+    Raises:
+        FormatError: a file that it cannot load.
+    """
     from transformers import AutoModelForCausalLM
 
     path = Path(path)
-    with contextlib.redirect_stderr(io.StringIO()):               # transformers draws a bar here that no setting of its own turns off
+    open_file(path)                                               # transformers believes the header
+    with foreign(f"transformers cannot load {path}"), contextlib.redirect_stderr(io.StringIO()):    # it draws a bar that no setting turns off
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True)
-    return torch.cat([model(torch.tensor([prompt])).logits[:, -1] for prompt in prompts])
+        return torch.cat([model(torch.tensor([prompt])).logits[:, -1] for prompt in prompts])
 
 
 def engine(path: str | Path, prompts: list[list[int]]) -> list[dict[int, float]] | str:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.error import FormatError
+from ...core.error import FormatError, foreign
 from ...core.qtensor import QTensor
 from ..checkpoint import DOMAIN, Checkpoint, appearing, vacant
 from .fitting import ONLY, OPSETS, SCHEMES, kind, known, why_not, why_not_signal
@@ -28,6 +28,7 @@ from .signals import address, drop, lower, marks
 from .weights import place
 
 LIMIT = 2**31 - 1                                                 # bytes of a protobuf message
+OURS = {"DequantizeLinear": ".dequantize", "Reshape": ".reshape"}   # what weights.py writes; a file may hold any other node under these names
 SHOWN = 4                                                         # names of one kind that an error lists
 
 
@@ -130,12 +131,18 @@ def read(path: str | Path) -> dict[str, Tensor]:
     Raises:
         FormatError: no file, a truncated or foreign one.
     """
+    proto = _open(path)
+    with foreign(f"{path} is no whole ONNX file; write it anew"):
+        return _read(proto)
+
+
+def _read(proto: Any) -> dict[str, Tensor]:
     import onnx
     from onnx import helper
 
-    proto = _open(path)
     plain = {t.name: t for t in proto.graph.initializer}
-    nodes = [node for node in proto.graph.node if node.name.endswith((".dequantize", ".reshape")) and all(name in plain for name in node.input[1:])]
+    nodes = [node for node in proto.graph.node if node.op_type in OURS and node.name.endswith(OURS[node.op_type])]
+    nodes = [node for node in nodes if all(name in plain for name in node.input[1:])]
     nodes = [node for node in nodes if node.input[0] in plain or any(node.input[0] in other.output for other in nodes)]
     inner = {name for node in nodes for name in node.input}
     outs = [name for node in nodes for name in node.output if name not in inner]
@@ -159,16 +166,12 @@ def unused(path: str | Path) -> tuple[list[str], list[str]]:
 def _open(path: str | Path) -> Any:
     _needs()
     import onnx
-    from google.protobuf.message import DecodeError
 
     if not Path(path).is_file():
         raise FormatError(f"there is no ONNX file {path}")
-    try:
+    with foreign(f"{path} is no whole ONNX file; it is truncated or of another kind, write it anew"):
         proto = onnx.load_model_from_string(Path(path).read_bytes())
         onnx.checker.check_model(proto)
-    except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
-        raise FormatError(f"{path} is no whole ONNX file: {(str(error).strip().splitlines() or ['nothing can be read'])[0]}. It is truncated or of "
-                          "another kind; write it anew") from None
     if not any(entry.key == "qatlas.target" for entry in proto.metadata_props):
         raise FormatError(f"{path} was not written by qatlas: its metadata has no qatlas.target, and its tensors other names")
     return proto

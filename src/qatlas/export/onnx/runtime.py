@@ -40,6 +40,8 @@ def answers(path: str | Path, asked: list[Tensor], optimized: bool = False) -> T
     Raises:
         FormatError: a file that onnxruntime cannot run.
     """
+    if not Path(path).is_file():
+        raise FormatError(f"there is no ONNX file {path}")
     runs = session(str(path), optimized)
     names = [given.name for given in runs.get_inputs()]
     out = []
