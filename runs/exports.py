@@ -11,7 +11,8 @@ import importlib
 import re
 
 from qatlas.core.grain import Group, PerToken
-from qatlas.core.grid import Float, HalfStep, Uniform
+from qatlas.core.floats import Float
+from qatlas.core.grid import HalfStep, Uniform
 from qatlas.core.quantizer import Quant
 from qatlas.core.scale import AbsMax, Learned, MinMax
 from qatlas.core.scheme import scheme
