@@ -15,13 +15,13 @@ from qatlas.core.noun import from_json
 from qatlas.core.quantizer import Quant
 from qatlas.core.scale import AbsMax
 
-floats = st.floats(-100, 100, width=32).map(lambda x: x if abs(x) > 1e-30 else 0.0)          # torch flushes subnormal numbers, or not
+floats = st.integers(-(2**24), 2**24).map(float)                   # whole fp32 numbers, so that every gap is exact in fp64
 tables = st.lists(floats, min_size=2, max_size=40, unique=True).map(lambda t: tuple(sorted({*t, 0.0})))
 
 
 @settings(max_examples=100, deadline=None)
-@given(tables, st.lists(floats, min_size=1, max_size=30), st.integers(0, 2**31))
-def test_the_nearest_entry_and_of_two_the_upper(table: tuple[float, ...], u: list[float], seed: int) -> None:
+@given(tables, st.lists(floats, min_size=1, max_size=30))
+def test_the_nearest_entry_and_of_two_the_upper(table: tuple[float, ...], u: list[float]) -> None:
     grid = Codebook(table)
     values = torch.tensor(table, dtype=torch.float64)
     middles = ((values[1:] + values[:-1]) / 2).float()              # rounded to fp32: mostly just beside a tie, sometimes on it

@@ -43,7 +43,7 @@ class Codebook(Grid):
         if not 2 <= len(values) <= 256:
             raise QuantError(f"Codebook takes 2 to 256 values, not {len(values)}: a code has at most 8 bits")
         if not bool(values.isfinite().all()) or not bool((values.diff() > 0).all()):
-            raise QuantError(f"the values of a Codebook are finite and ascend, each one once in fp32: {self.table!r} are not; write tuple(sorted(...))")
+            raise QuantError(f"the values of a Codebook are finite and ascend, each once in fp32: {self.table!r} are not; write tuple(sorted(...))")
         if values[0] > 0 or values[-1] < 0:
             raise QuantError(f"a Codebook reaches from zero or below to zero or above, since a step scales it around zero: {self.table!r} does not")
         object.__setattr__(self, "table", tuple((values + 0.0).tolist()))
