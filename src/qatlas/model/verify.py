@@ -149,9 +149,11 @@ def _export(model: nn.Module, target: str, path: Path, asked: list[Tensor]) -> l
     if first.passed and hasattr(form, "logits"):
         with _inputs_off(model):
             ours, theirs = _answers(model, asked), form.logits(path, ids)
-        same = torch.equal(ours, theirs)
+        said = isinstance(theirs, str)
+        same = None if said else torch.equal(ours, theirs)
+        off = "" if said or same else f"differ by up to {float((ours - theirs).abs().max()):.1e}"
         proofs.append(Proof(f"{target} computes what the packed weights compute, inputs unquantized", "transformers, gguf_file", same,
-                            f"logits of {len(ids)} prompts {'equal' if same else f'differ by up to {float((ours - theirs).abs().max()):.1e}'}"))
+                            theirs if said else f"logits of {len(ids)} prompts {off or 'equal'}", "" if said else "equal"))
     if first.passed and hasattr(form, "model"):
         proofs.append(_loaded(model, target, path, form.model, asked))
     if first.passed and hasattr(form, "answers"):
@@ -177,8 +179,10 @@ def _loaded(model: nn.Module, target: str, path: Path, load: Any, asked: list[Te
 
 def _weights(model: nn.Module, target: str, found: dict[str, Tensor], types: Mapping[str, int], gone: Sequence[str] = ()) -> Proof:
     """gone: tensors that a file with the whole computation does not hold because it does not use them; that it does not, its logits show."""
-    ours = {name: t for name, t in checkpoint(model).tensors.items() if name not in gone}
-    values = {name: t.dequantize() if isinstance(t, QTensor) else t.float() for name, t in ours.items()}
+    made, form = checkpoint(model), find_target(target)[0]
+    ours = {name: t for name, t in made.tensors.items() if name not in gone}
+    kept = form.kept if hasattr(form, "kept") else lambda config, name, t: t
+    values = {name: t.dequantize() if isinstance(t, QTensor) else kept(made.config, name, t.float()) for name, t in ours.items()}
     wrong = [name for name, t in values.items() if name not in found or not torch.equal(t, found[name])]
     count = sum(isinstance(t, QTensor) for t in ours.values())
     more = f", as {', '.join(f'{n} {kind}' for kind, n in types.items())}" if types else ""

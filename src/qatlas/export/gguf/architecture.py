@@ -112,8 +112,8 @@ def _mapped(name: str, parts: tuple[str, ...], ends: tuple[str, ...], layers: st
 
     kind = next(kind for kind, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
     names = gguf.get_tensor_name_map(kind, 1)
-    outside = {end: bert.OWN.get(end) or names.get_name(end) for end in ends}
-    return {part: str(names.get_name(f"{layers}.0.{part}")).removeprefix("blk.0.") for part in parts}, outside  # type: ignore[dict-item]
+    outside = {end: bert.OWN.get(end) or str(names.get_name(end)) for end in ends}
+    return {part: str(names.get_name(f"{layers}.0.{part}")).removeprefix("blk.0.") for part in parts}, outside
 
 
 def _wants(name: str, config: dict[str, Any], key: str, allowed: tuple[Any, ...]) -> None:

@@ -212,7 +212,8 @@ def _bytes(name: str, hf: str, checkpoint: Checkpoint, kind: str, row: Architect
     """One tensor in GGUF order: plain values, or (rows, bytes of a row) with the block type. Rows move whole, whatever they hold."""
     import gguf
 
-    config, tensor = checkpoint.config, checkpoint.tensors[hf]
+    config = checkpoint.config
+    tensor: Any = checkpoint.tensors[hf]
     heads = row.heads_of(name, config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"])
     order = (lambda rows: rows) if heads is None else (lambda rows: llama.permute(rows, heads))
     if kind.lower() in LAYOUTS:

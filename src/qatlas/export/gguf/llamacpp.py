@@ -9,7 +9,7 @@ With quantized weights llama.cpp also quantizes the *inputs* of every matrix pro
 it not to:
 
     weight        inputs                                   top-10 log-probabilities of a small random model
-    F32           fp32                                     3e-6
+    F32           fp32                                     3e-6; 1e-3 in Gemma and BERT, whose gelu llama.cpp looks up in a table of fp16 numbers
     Q8_0, Q4_0    8 bits, groups of 32, fp16 step          0.05; with the same rounding of inputs done by us, to 1e-6
     TQ2_0         8 bits, groups of 256, fp32 step         the same
 
@@ -72,10 +72,13 @@ def vectors(path: str | Path, prompts: Sequence[str | Sequence[int]], pooling: s
     return [answer[0]["embedding"] for answer in _ask(path, asked, pooling=pooling)]
 
 
-def scores(path: str | Path, pairs: Sequence[tuple[str, str]]) -> list[float]:
-    """The first class score of an encoder with a classifier for each pair of texts, which llama.cpp frames as one: its endpoint for ranking."""
-    asked = [{"rerank": {"query": query, "documents": [text]}} for query, text in pairs]
-    return [answer["results"][0]["relevance_score"] for answer in _ask(path, asked, pooling="rank")]
+def scores(path: str | Path, prompts: Sequence[str | Sequence[int]]) -> list[list[float]]:
+    """The class scores of an encoder with a classifier, for each prompt."""
+    reader = open_file(path)
+    labels = field(reader, f"{field(reader, 'general.architecture')}.classifier.output_labels")
+    if not labels:
+        raise FormatError(f"{path} has no classifier")
+    return [found[0][: len(labels)] for found in vectors(path, prompts, "rank")]     # the endpoint pads them to the width of the model
 
 
 def _letter(path: str | Path) -> int:

@@ -63,12 +63,12 @@ def vocabulary(checkpoint: Checkpoint) -> dict[str, Any]:
     kind, wanted = checkpoint.config.get("model_type"), "WordPiece" if checkpoint.config.get("model_type") == "bert" else "BPE"
     if model.get("type") != wanted:
         raise FormatError(f"{file}: GGUF's {kind} takes {wanted} tokenizers, this one is {model.get('type')!r}")
-    if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise FormatError(f"{file}: llama.cpp has no BPE with dropout or with word prefixes and suffixes")
     rows = checkpoint.config["vocab_size"]
     names, kinds = pieces(data, rows)
     if wanted == "WordPiece":
         return {**_words(data, file, names, kinds), **_frame_of_words(folder, names, file)}
+    if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise FormatError(f"{file}: llama.cpp has no BPE with dropout or with word prefixes and suffixes")
     merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model.get("merges", [])]
     if model.get("byte_fallback"):
         keys = _characters(data, file, names, kinds, merges)
@@ -184,7 +184,7 @@ def _frame_of_words(folder: Path, names: list[str], file: Path) -> dict[str, Any
     if ids["unknown"] is None:
         raise FormatError(f"{file}: llama.cpp's WordPiece needs to know the token of unknown words; name it as unk_token in tokenizer_config.json")
     keys = {f"tokenizer.ggml.{word}_token_id": number for word, number in ids.items() if number is not None}
-    return {**keys, "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
+    return {**keys, "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True, "tokenizer.ggml.add_sep_token": False}
 
 
 def _template(folder: Path) -> dict[str, Any]:
