@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from qatlas.export import Checkpoint
 from qatlas.export.gguf import vocab
 
-SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 310,
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 310,
          "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 NEAR_FAR = {"sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
             "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}}
@@ -42,7 +42,7 @@ def model(name, **changes):
     with torch.no_grad():
         for at, weight in made.named_parameters():
             noise = torch.randn_like(weight)
-            weight.copy_((noise * 0.06).half().float() if weight.dim() == 2 else 0.1 * noise + centre * ("orm" in at and at.endswith("weight")))
+            weight.copy_((noise * 0.12).half().float() if weight.dim() == 2 else 0.1 * noise + centre * ("orm" in at and at.endswith("weight")))
     return made
 
 

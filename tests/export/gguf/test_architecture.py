@@ -136,9 +136,9 @@ def test_what_llama_cpp_would_not_follow_is_refused(case, tmp_path):
 
 
 def test_the_large_gemmas_have_another_factor():
-    made = checkpoint(model("gemma2 other", num_hidden_layers=2))
-    made.config.update(num_hidden_layers=46, query_pre_attn_scalar=64, layer_types=["sliding_attention", "full_attention"] * 23)
+    made = checkpoint(model("gemma2"))
+    made.config.update(num_hidden_layers=46, query_pre_attn_scalar=32, layer_types=["sliding_attention", "full_attention"] * 23)
     assert KINDS["gemma2"].numbers(made.config, set())["gemma2.block_count"] == 46
-    made.config.update(query_pre_attn_scalar=32)
-    with pytest.raises(FormatError, match="query_pre_attn_scalar=64"):
+    made.config.update(query_pre_attn_scalar=256)
+    with pytest.raises(FormatError, match="query_pre_attn_scalar=32"):
         KINDS["gemma2"].numbers(made.config, set())
