@@ -11,6 +11,7 @@ A grid knows three things about a number u (a place, in steps): the nearest allo
     Ternary()            -1 0 1                                     v + 1
     Sign()               -1 1                                       (v + 1) / 2
     Float(2, 1)          0 .5 1 1.5 2 3 4 6 and their negatives     sign, exponent, mantissa bits
+    Codebook(table)      a given table (codebook.py)                the index
 
 `low` and `high` are the end values. `reach` is the interval of u that counts as inside: outside it the value no longer moves with u. For most grids
 reach and ends agree; half-integer grids reach half a step further. Rounding is half to even, as torch.round; negative zero is never a value.
