@@ -37,7 +37,7 @@ class Codebook(Grid):
 
     def __post_init__(self) -> None:
         try:
-            values = torch.tensor([float(value) for value in self.table], dtype=torch.float64).float()
+            values = torch.tensor([float(value) for value in self.table], dtype=torch.float64, device="cpu").float()
         except (TypeError, ValueError):
             raise QuantError(f"Codebook takes a tuple of numbers, not {self.table!r}") from None
         if not 2 <= len(values) <= 256:
@@ -76,7 +76,7 @@ class Codebook(Grid):
     def _index(self, u: Tensor) -> Tensor:
         """How many edges lie at or below each place, which is the index of the nearest value."""
         wide = u if u.dtype in (torch.float32, torch.float64) else u.float()
-        return torch.bucketize(wide, _edges(self.table, wide.dtype, u.device), right=True)
+        return torch.bucketize(wide.contiguous(), _edges(self.table, wide.dtype, u.device), right=True)
 
 
 @lru_cache(64)
