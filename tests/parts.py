@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import qatlas
+from qatlas.core.codebook import IQ4_NL, NF4
 from qatlas.core.floats import Float
 from qatlas.core.grain import Block, Group, PerChannel, PerTensor
 from qatlas.core.grid import Uniform
@@ -22,7 +23,8 @@ from qatlas.core.scale import AbsMax
 from qatlas.core.transform import Hadamard, Permute
 
 # What a field takes where it has no default. A part whose first field is of a new name adds one here, or gives the field a default.
-FIRST = {"bits": 4, "levels": 4, "size": 8, "rows": 2, "cols": 4, "grid": Uniform(4), "weight": Quant(Uniform(4)), "start": AbsMax(), "where": "*"}
+FIRST = {"bits": 4, "levels": 4, "size": 8, "rows": 2, "cols": 4, "grid": Uniform(4), "weight": Quant(Uniform(4)), "start": AbsMax(), "where": "*",
+         "table": (-1.0, -0.25, 0.0, 0.5)}
 # More than one of a kind, where a field changes what the part is.
 MORE: dict[str, list[dict[str, Any]]] = {
     "Uniform": [{"bits": b, "signed": s} for b in (1, 2, 3, 8) for s in (True, False)] + [{"bits": 4, "narrow": True}],
@@ -30,6 +32,7 @@ MORE: dict[str, list[dict[str, Any]]] = {
     "Stretched": [{"levels": n} for n in (2, 3, 16)],
     "Ternary": [{"threshold": 0.7}],
     "Float": [{"exponent": 4, "mantissa": 3}, {"exponent": 3, "mantissa": 2}],
+    "Codebook": [{"table": IQ4_NL.table}, {"table": NF4.table}, {"table": (-1.0, 0.0)}],
     "PerChannel": [{"axis": -1}],
     "MinMax": [{"zero": "offset"}, {"zero": "offset", "offset_dtype": "float16"},
                {"zero": "offset", "nested": Quant(Uniform(6, False), PerTensor(), AbsMax()),

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qatlas.core.codebook import IQ4_NL, NF4, Codebook
 from qatlas.core.error import QuantError
 from qatlas.core.floats import Float
 from qatlas.core.grid import Grid, HalfStep, Sign, Stretched, Ternary, Uniform
@@ -18,6 +19,7 @@ GRIDS = [
     Uniform(12), Uniform(16),
     *(HalfStep(b) for b in range(1, 9)), *(Stretched(n) for n in (2, 3, 4, 5, 8, 15, 16)), Ternary(), Ternary(0.7), Sign(),
     Float(2, 1), Float(3, 2), Float(2, 3), Float(4, 3), Float(5, 2), Float(1, 2),
+    IQ4_NL, NF4, Codebook((-1.0, -0.9, 0.0, 0.1, 7.0)), Codebook((-2.0, 0.0)), Codebook(tuple(i / 7 for i in range(256))),
 ]
 every = pytest.mark.parametrize("grid", GRIDS, ids=str)
 numbers = st.lists(st.floats(-1e4, 1e4, width=32) | st.floats(-3, 3, width=32), min_size=1, max_size=20)

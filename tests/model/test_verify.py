@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import shutil
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
+from qatlas.core.codebook import IQ4_NL
 from qatlas.core.error import CheckpointError, FormatError
+from qatlas.core.grain import Group
+from qatlas.core.quantizer import Quant
 from qatlas.export import target
 from qatlas.model import verify as module
 from qatlas.model.pack import checkpoint, pack, save
-from qatlas.model.rules import quantize
+from qatlas.model.roles import Role
+from qatlas.model.rules import Rule, keep_full, quantize
 from qatlas.model.verify import exports, verify
+
+EXPORT = Path(__file__).parents[1] / "export"                      # its small models
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +157,25 @@ def test_quantizers_of_outputs_and_of_layers_in_full_precision_are_off_too(tiny)
     with module._inputs_off(model):
         assert not model.lm_head.input_quantizer.on and not model.model.layers[0].self_attn.q_proj.output_quantizer.on
     assert model.lm_head.input_quantizer.on
+
+
+@pytest.mark.parametrize("kind", ["gemma2 other", "bert classifier"])
+def test_proofs_of_other_architectures(kind, tmp_path, monkeypatch):
+    """Gemma's norms lie in the file as 1 + w; a classifier answers with classes. What transformers cannot read is said, not failed."""
+    monkeypatch.syspath_prepend(str(EXPORT))
+    import tiny_models
+
+    home = tmp_path / "out"
+    gemma = kind.startswith("gemma")
+    folder = tiny_models.TOKENIZERS["gemma" if gemma else "bert"](tmp_path / "t")
+    says = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"} if gemma else {"unk_token": "[UNK]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **says)
+    model = tiny_models.model(kind, vocab_size=330)
+    rules = [*keep_full(Role.EMBEDDING, Role.HEAD, Role.CLASSIFIER), Rule(Role.LINEAR, weight=Quant(IQ4_NL, Group(32)))]
+    quantize(model, rules, SimpleNamespace(extra_rules=(), target="gguf:iq4_nl"))
+    save(pack(model), home, tokenizer)
+    target("gguf:iq4_nl")[0].write(checkpoint(model, home, "tiny"), home / "exports/gguf-iq4_nl/model.gguf", "iq4_nl")
+    proofs = {proof.reader: proof for proof in verify(home)}
+    assert proofs["the format's public reader"].passed and "IQ4_NL" in proofs["the format's public reader"].result
+    assert proofs["transformers, gguf_file"].passed is None and "transformers" in proofs["transformers, gguf_file"].result
+    assert proofs["llama.cpp (xllamacpp)"].passed is (True if find_spec("xllamacpp") else None), proofs["llama.cpp (xllamacpp)"]

@@ -11,7 +11,7 @@ A grid knows three things about a number u (a place, in steps): the nearest allo
     Ternary()            -1 0 1                                     v + 1
     Sign()               -1 1                                       (v + 1) / 2
 
-Equal steps all of them; small floating-point numbers are in floats.py.
+Equal steps all of them; small floating-point numbers are in floats.py, given tables in codebook.py.
 
 `low` and `high` are the end values. `reach` is the interval of u that counts as inside: outside it the value no longer moves with u. For most grids
 reach and ends agree; half-integer grids reach half a step further. Rounding is half to even, as torch.round; negative zero is never a value.

@@ -16,7 +16,8 @@ and where they make sense
     plan         what each tensor becomes, or FormatError: asked before training, with tensors in full precision
     fit_input    as `fit`, of a layer's input, for a format that says how inputs are quantized; others leave inputs alone
     lacks        the sentence for a missing package that `read` needs, or None
-    logits       file, prompts -> what transformers computes with the file's weights, inputs in full precision
+    logits       file, prompts -> what transformers computes with the file's weights, inputs in full precision, or a sentence on why it cannot
+    kept         config, name, plain tensor -> what `read` gives back for it, for a format that stores some otherwise (GGUF: Gemma's norms)
     model        artefact -> the transformers model that it loads as, inputs quantized, or a sentence on why not
     near         artefact -> why that model's logits come only close to the trained ones, or None where they are equal
     qtensors     artefact -> name -> QTensor or Tensor: the start of further training. It never trusts the file

@@ -166,6 +166,8 @@ def _bare(model: nn.Module, target: str, path: Path, ask: Any, asked: list[Tenso
             theirs = ask(path, [rows[0].tolist() for rows in asked])
     except QatlasError as error:
         return Proof(claim, reader, False, str(error))
+    if isinstance(theirs, str):
+        return Proof(claim, reader, None, theirs, "")
     same = torch.equal(ours, theirs)
     return Proof(claim, reader, same, f"logits of {len(asked)} prompts {'equal' if same else f'differ by up to {_apart(ours, theirs)}'}")
 
@@ -198,8 +200,10 @@ def _loaded(model: nn.Module, target: str, path: Path, form: Any, asked: list[Te
 
 def _weights(model: nn.Module, target: str, found: dict[str, Tensor], types: Mapping[str, int], gone: Sequence[str] = ()) -> Proof:
     """gone: tensors that a file with the whole computation does not hold because it does not use them; that it does not, its logits show."""
-    ours = {name: t for name, t in checkpoint(model).tensors.items() if name not in gone}
-    values = {name: t.dequantize() if isinstance(t, QTensor) else t.float() for name, t in ours.items()}
+    made, form = checkpoint(model), find_target(target)[0]
+    ours = {name: t for name, t in made.tensors.items() if name not in gone}
+    kept = form.kept if hasattr(form, "kept") else lambda config, name, t: t
+    values = {name: t.dequantize() if isinstance(t, QTensor) else kept(made.config, name, t.float()) for name, t in ours.items()}
     wrong = [name for name, t in values.items() if name not in found or not torch.equal(t, found[name])]
     count = sum(isinstance(t, QTensor) for t in ours.values())
     more = f", as {', '.join(f'{n} {kind}' for kind, n in types.items())}" if types else ""

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qatlas.core.codebook import IQ4_NL, NF4, Codebook
 from qatlas.core.error import FormatError
 from qatlas.core.floats import Float
 from qatlas.core.grain import Block, Group, PerChannel, PerTensor
@@ -18,12 +19,14 @@ from qatlas.export.gguf.file import packed
 from qatlas.export.gguf.layout import LAYOUTS
 
 SHAPE = (16, 512)
-GRIDS = [Uniform(2), Uniform(4), Uniform(4, narrow=True), Uniform(3, False), Uniform(8), Ternary(0.7), HalfStep(2), Stretched(4), Float(2, 1)]
+GRIDS = [Uniform(2), Uniform(4), Uniform(4, narrow=True), Uniform(3, False), Uniform(8), Ternary(0.7), HalfStep(2), Stretched(4), Float(2, 1),
+         IQ4_NL, NF4]
 IMAGES = {
     "q4_0": [Ternary(), Uniform(2), Uniform(3), Uniform(4), Sign(), HalfStep(3)], "q8_0": [Ternary(), *map(Uniform, range(1, 9)), Float(2, 1)],
     "tq2_0": [Ternary(), Sign()], "tq1_0": [Ternary(0.7), Sign()], "q5_0": [Uniform(5), HalfStep(4)], "q4_1": [Uniform(4), Ternary(), HalfStep(2)],
     "q5_1": [Uniform(5), HalfStep(4)], "q2_k": [HalfStep(2), Uniform(2), Ternary(), Sign(), Stretched(4)], "q3_k": [Uniform(3), HalfStep(2)],
     "q4_k": [Uniform(4), HalfStep(4), Ternary()], "q5_k": [Uniform(5), HalfStep(5)], "q6_k": [Uniform(6), HalfStep(5), Float(2, 1)],
+    "iq4_nl": [IQ4_NL, Codebook((-127, 1, 113)), Codebook((-5, 0.5))],
     "mxfp4": [Float(2, 1), Ternary(), HalfStep(2), Uniform(2), Stretched(4)]}
 GRAINS = [PerTensor(), Group(16), Group(256), Block(4, 64)]
 FINE = [Group(16), Block(4, 64)]
@@ -151,6 +154,8 @@ REFUSED = {
     "a group between": (Quant(Uniform(4), Group(96), AbsMax()), "q4_k", (4, 768), "no multiple of 96"),
     "fifteen halves in two levels": (Quant(HalfStep(4), Group(32), AbsMax()), "q4_k", SHAPE, "Q4_K"),
     "no E2M1": (Quant(Uniform(4), Group(32), AbsMax()), "mxfp4", SHAPE, "E2M1"),
+    "no number of the table": (Quant(Uniform(4), Group(32), HALF), "iq4_nl", SHAPE, "16 numbers of the table"),
+    "a table in integers": (Quant(IQ4_NL, Group(32), HALF), "q4_0", SHAPE, "over a power of two"),
     "bf16 of int4": (Quant(Uniform(4), Group(32), HALF), "bf16", SHAPE, "8 bits"),
     "fp32 step": (Quant(Uniform(4), Group(32), AbsMax()), "q4_0", SHAPE, "float32"),
     "nested step": (Quant(Uniform(4), Group(32), AbsMax(dtype="float16", nested=Quant(Uniform(6, False)))), "q4_0", SHAPE, "themselves quantized"),

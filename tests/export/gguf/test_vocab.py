@@ -1,9 +1,11 @@
 import json
 
 import pytest
+import tiny_models
 from tiny_llama import checkpoint, llama, sentencepiece_like
 
 from qatlas.core.error import FormatError
+from qatlas.export import Checkpoint
 from qatlas.export.gguf import vocab
 
 
@@ -92,3 +94,60 @@ def test_sentencepiece_refusals(case, tmp_path):
 def test_no_files(tmp_path):
     with pytest.raises(FormatError, match=r"no tokenizer\.json"):
         vocab.vocabulary(checkpoint(llama(), None, tmp_path))
+
+
+def spoiled_bert(tmp_path, change, config=None):
+    folder = tiny_models.bert(tmp_path)
+    data = json.loads((folder / "tokenizer.json").read_text())
+    change(data)
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return vocab.vocabulary(Checkpoint({"model_type": "bert", "vocab_size": 110}, {}, folder))
+
+
+def test_word_pieces(tmp_path):
+    keys = spoiled_bert(tmp_path, nothing)
+    tokens = keys["tokenizer.ggml.tokens"]
+    assert tokens[:6] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "▁a"] and "ing" in tokens and "▁the" in tokens and len(tokens) == 110
+    wanted = {"model": "bert", "cls_token_id": 2, "bos_token_id": 2, "seperator_token_id": 3, "eos_token_id": 3, "unknown_token_id": 1,
+              "mask_token_id": 4, "padding_token_id": 0, "normalizer.lowercase": True, "normalizer.strip_accents": True, "add_sep_token": False}
+    assert {key: keys[f"tokenizer.ggml.{key}"] for key in wanted} == wanted
+
+
+WORDS = {
+    "kind": (lambda data: data["model"].update(type="BPE"), "takes WordPiece tokenizers"),
+    "cleaning": (lambda data: data["normalizer"].update(handle_chinese_chars=False), "Chinese"),
+    "prefix": (lambda data: data["model"].update(continuing_subword_prefix="@@"), "##"),
+    "cutting": (lambda data: data.update(pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
+    "frame": (lambda data: data["post_processor"]["single"].pop(), "frames every text"),
+}
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_word_piece_refusals(case, tmp_path):
+    change, says = WORDS[case]
+    with pytest.raises(FormatError, match=says):
+        spoiled_bert(tmp_path, change)
+
+
+def test_word_pieces_need_a_token_for_the_unknown(tmp_path):
+    with pytest.raises(FormatError, match="unk_token"):
+        spoiled_bert(tmp_path, nothing, {"cls_token": "[CLS]"})
+
+
+def test_a_chat_template_travels(tmp_path):
+    made = checkpoint(llama(), None, tiny_models.qwen2(tmp_path))
+    keys = vocab.vocabulary(made)
+    assert keys["tokenizer.chat_template"] == "{{ messages[0].content }}" and keys["tokenizer.ggml.pre"] == "qwen2"
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}")
+    assert vocab.vocabulary(made)["tokenizer.chat_template"] == "{{ bos_token }}"
+
+
+def test_gemmas_runs_of_spaces_keep_their_order(tmp_path):
+    made = checkpoint(llama(vocab_size=330), None, tiny_models.gemma(tmp_path))
+    keys = vocab.vocabulary(made)
+    tokens, kinds, scores = (keys[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type", "scores"))
+    two, three = tokens.index("▁▁"), tokens.index("▁▁▁")
+    assert kinds[two] == kinds[three] == vocab.USER and scores[two] > scores[three] > scores[tokens.index("th")]
+    assert keys["tokenizer.ggml.add_space_prefix"] is False

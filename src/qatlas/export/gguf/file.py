@@ -24,7 +24,8 @@ from torch import Tensor
 from ...core.error import FormatError, foreign, unknown
 from ...core.qtensor import QTensor
 from ..checkpoint import Checkpoint, appearing, vacant
-from . import llama
+from . import bert, llama
+from .architecture import NAMES, Architecture, of
 from .fitting import PLAIN, held
 from .header import check
 from .layout import LAYOUTS, to_bytes
@@ -42,14 +43,16 @@ def plan(checkpoint: Checkpoint, target: str) -> dict[str, str]:
     """
     if target not in FILE_TYPES:
         raise FormatError(unknown("target", f"gguf:{target}", [f"gguf:{known}" for known in FILE_TYPES]))
-    llama.numbers(checkpoint.config)
+    row = of(checkpoint.config)
+    names = _names(checkpoint, row)
+    row.numbers(checkpoint.config, set(names))
     vocabulary(checkpoint)
-    names = _names(checkpoint)
-    missing, extra = llama.expected(checkpoint.config, set(names))
+    missing, extra = row.expected(checkpoint.config, set(names))
     if missing or extra:
         raise FormatError(f"the tensors are not those of this config: missing {', '.join(sorted(missing)) or 'none'}; "
                           f"unknown {', '.join(sorted(extra)) or 'none'}")
-    kinds = {name: _kind(hf, checkpoint.tensors[hf], target, name.startswith("blk.")) for name, hf in names.items()}
+    kinds = {name: "F32" if name in bert.PLAIN else _kind(hf, checkpoint.tensors[hf], target, name.startswith("blk."))
+             for name, hf in names.items()}
     rows = checkpoint.tensors[names["token_embd.weight"]].shape[0]
     if rows != checkpoint.config["vocab_size"]:
         raise FormatError(f"the config says vocab_size {checkpoint.config['vocab_size']}, the embeddings have {rows} rows")
@@ -70,17 +73,18 @@ def write(checkpoint: Checkpoint, path: str | Path, target: str) -> Path:
 
     path = Path(path)
     vacant(path)
-    kinds, names = plan(checkpoint, target), _names(checkpoint)
+    row = of(checkpoint.config)
+    kinds, names = plan(checkpoint, target), _names(checkpoint, row)
     keys = {"general.name": checkpoint.name, "general.quantization_version": 2, "general.file_type": FILE_TYPES[target],
-            **llama.numbers(checkpoint.config), **vocabulary(checkpoint)}
+            **_numbers(checkpoint, row, set(names)), **vocabulary(checkpoint)}
     with appearing(path) as aside:
-        writer = gguf.GGUFWriter(aside, "llama")
+        writer = gguf.GGUFWriter(aside, row.name)
         for key, value in keys.items():
             _add(writer, key, value)
         for name, kind in kinds.items():
-            rows, raw = _bytes(name, checkpoint.tensors[names[name]], kind, checkpoint.config)
+            rows, raw = _bytes(name, names[name], checkpoint, kind, row)
             writer.add_tensor(name, rows, raw_dtype=raw)
-        factors = llama.rotary_factors(checkpoint.config)
+        factors = llama.rotary_factors(checkpoint.config) if row.turned else None
         if factors is not None:
             writer.add_tensor(llama.FREQUENCIES, factors.numpy())
         writer.write_header_to_file()
@@ -91,7 +95,7 @@ def write(checkpoint: Checkpoint, path: str | Path, target: str) -> Path:
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
-    """The weights of a Llama GGUF file under their Hugging Face names, fp32, through gguf.GGUFReader and gguf.dequantize.
+    """The weights of a GGUF file under their Hugging Face names, fp32, through gguf.GGUFReader and gguf.dequantize.
 
     Raises:
         FormatError: no file, a truncated or foreign one, or another architecture.
@@ -105,19 +109,20 @@ def _read(path: str | Path, reader: Any) -> dict[str, Tensor]:
     import gguf
 
     architecture = field(reader, "general.architecture")
-    if architecture not in llama.ARCHITECTURES:
-        raise FormatError(f"{path} holds the architecture {architecture!r}; the GGUF reader knows {', '.join(llama.ARCHITECTURES)}")
-    heads, kv_heads = (field(reader, f"llama.attention.{key}") for key in ("head_count", "head_count_kv"))
-    out = {}
+    if architecture not in NAMES:
+        raise FormatError(f"{path} holds the architecture {architecture!r}; the GGUF reader knows {', '.join(NAMES)}")
+    row = NAMES[architecture]
+    heads, kv_heads = (field(reader, f"{architecture}.attention.{key}") for key in ("head_count", "head_count_kv"))
+    out, names = {}, {tensor.name for tensor in reader.tensors}
     for tensor in reader.tensors:
         if tensor.name == llama.FREQUENCIES:                      # follows from the config
             continue
-        name = llama.to_hf(tensor.name)
+        name = row.to_hf(tensor.name, names)
         if name is None:
-            raise FormatError(f"{path} holds a tensor {tensor.name!r} that Llama does not have")
+            raise FormatError(f"{path} holds a tensor {tensor.name!r} that {architecture} does not have")
         values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
-        count = llama.heads_of(tensor.name, heads, kv_heads or heads)
-        out[name] = values if count is None else llama.unpermute(values, count)
+        count = row.heads_of(tensor.name, heads, kv_heads or heads)
+        out[name] = row.unshifted(name, values if count is None else llama.unpermute(values, count))
     return out
 
 
@@ -146,16 +151,26 @@ def field(reader: Any, key: str) -> Any:
     return None if found is None else found.contents()
 
 
-def _names(checkpoint: Checkpoint) -> dict[str, str]:
+def kept(config: dict[str, Any], name: str, tensor: Tensor) -> Tensor:
+    """A plain tensor as `read` gives it back: itself, but for norms that are stored as 1 + w."""
+    return of(config).kept(name, tensor)
+
+
+def _numbers(checkpoint: Checkpoint, row: Architecture, names: set[str]) -> dict[str, Any]:
+    """What the config says, and the pooling that a folder says, which a classifier overrules."""
+    return {**(bert.pooling(checkpoint.tokenizer) if row.name == "bert" else {}), **row.numbers(checkpoint.config, names)}
+
+
+def _names(checkpoint: Checkpoint, row: Architecture) -> dict[str, str]:
     """GGUF name -> Hugging Face name, in the order of the checkpoint; a tied head left out."""
     tied = checkpoint.config.get("tie_word_embeddings", False)
     out = {}
     for hf in checkpoint.tensors:
         if hf.endswith(llama.SKIPPED) or (tied and hf == "lm_head.weight"):
             continue
-        name = llama.to_gguf(hf)
+        name = row.to_gguf(hf)
         if name is None:
-            raise FormatError(f"GGUF's llama has no tensor {hf!r}")
+            raise FormatError(f"GGUF's {row.name} has no tensor {hf!r}")
         out[name] = hf
     return out
 
@@ -184,15 +199,17 @@ def _kind(name: str, tensor: Any, target: str, body: bool) -> str:
     return next((other for other in (*LAYOUTS, "f16", "bf16") if not isinstance(held(tensor, other, shape), str)), "f32").upper()
 
 
-def _bytes(name: str, tensor: Any, kind: str, config: dict[str, Any]) -> tuple[np.ndarray, Any]:
+def _bytes(name: str, hf: str, checkpoint: Checkpoint, kind: str, row: Architecture) -> tuple[np.ndarray, Any]:
     """One tensor in GGUF order: plain values, or (rows, bytes of a row) with the block type. Rows move whole, whatever they hold."""
     import gguf
 
-    heads = llama.heads_of(name, config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"])
+    config = checkpoint.config
+    tensor: Any = checkpoint.tensors[hf]
+    heads = row.heads_of(name, config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"])
     order = (lambda rows: rows) if heads is None else (lambda rows: llama.permute(rows, heads))
     if kind.lower() in LAYOUTS:
         return order(packed(tensor, kind.lower()).cpu()).numpy(), gguf.GGMLQuantizationType[kind]
-    values = order((tensor if isinstance(tensor, Tensor) else tensor.dequantize()).detach().cpu())
+    values = order((row.stored(hf, tensor) if isinstance(tensor, Tensor) else tensor.dequantize()).detach().cpu())
     if kind == "BF16":                                            # numpy has no such type
         return to_bytes(values, "bfloat16").flatten(-2).numpy(), gguf.GGMLQuantizationType.BF16
     return values.to(getattr(torch, PLAIN[kind.lower()])).contiguous().numpy(), None

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ...core.codebook import IQ4_NL
 from ...core.error import FormatError, QuantError, unknown
 from ...core.floats import Float
 from ...core.grain import Grain, Group
@@ -42,6 +43,7 @@ TARGETS: dict[str, Quant | None] = {
     **dict.fromkeys(PLAIN),
     "q8_0": Quant(Uniform(8), Group(32), AbsMax(dtype="float16")),
     "q4_0": Quant(Uniform(4), Group(32), AbsMax(dtype="float16")),
+    "iq4_nl": Quant(IQ4_NL, Group(32), AbsMax(dtype="float16")),
     "q4_1": Quant(Uniform(4, False), Group(32), MinMax("offset", dtype="float16", offset_dtype="float16")),
     "q5_0": Quant(Uniform(5), Group(32), AbsMax(dtype="float16")),
     "q5_1": Quant(Uniform(5, False), Group(32), MinMax("offset", dtype="float16", offset_dtype="float16")),
@@ -55,6 +57,7 @@ TARGETS: dict[str, Quant | None] = {
     "mxfp4": Quant(Float(2, 1), Group(32), AbsMax(dtype="float8_e8m0fnu")),
 }
 SCHEMES = {"f32": "no quantization", "f16": "w1 or w1.58", "bf16": "w1 or w1.58", "q8_0": "w8-g32", "q4_0": "w4-g32", "q4_1": "w4-g32",
+           "iq4_nl": "none; write Quant(IQ4_NL, Group(32)) of core.codebook in a rule",
            "q5_0": "w5-g32", "q5_1": "w5-g32", "tq1_0": "w1.58-g256", "tq2_0": "w1.58-g256", "q2_k": "w2-g16", "q3_k": "w3-g16", "q4_k": "w4-g32",
            "q5_k": "w5-g32", "q6_k": "w6-g16", "mxfp4": "w3-g32"}
 

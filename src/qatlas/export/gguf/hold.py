@@ -194,6 +194,7 @@ def _not_of(values: Tensor, dtype: str, what: str) -> str | None:
             "train with the target, or round them and take the codes anew before exporting")
 
 
+OTHER = {"MXFP4": "numbers of E2M1", "IQ4_NL": "16 numbers of the table"}
 NO_OFFSET = "a float offset has no place in a symmetric block; take a scale without one, such as AbsMax()"
 TWO_LEVELS = "train with two levels, Scale(nested=...), as `fit` does, or with one step for the whole block"
 
@@ -215,7 +216,7 @@ def no_image(grid: Grid, layout: Layout, zero: bool, offset: bool) -> str:
         return f"{grid} takes {grid.bits} bits, and no block of ours takes more than 8"
     if getattr(grid, "signed", True) is None:
         return f"{grid} has not settled whether it is signed; weights are, write signed=True"
-    theirs = f"the {'numbers of E2M1' if layout.type == 'MXFP4' else f'integers {ends(layout.grid)}'} of {layout.type}"
+    theirs = f"the {OTHER.get(layout.type, f'integers {ends(layout.grid)}')} of {layout.type}"
     if zero:
         return f"with a zero point of its own each step holds more values of {grid} than {theirs}; take a scale without one, such as AbsMax()"
     if offset:

@@ -7,6 +7,7 @@ A row of K weights is K / size blocks. A block is a QTensor of a fixed form, and
     Q4_0       32     18  d q                           Uniform(4)      d, q
     Q5_0       32     22  d q                           Uniform(5)      d, q
     MXFP4      32     17  d q, d a power of two         Float(2, 1)     d, q
+    IQ4_NL     32     18  d T[q], T a fixed table       core.codebook   d, q
     Q4_1       32     20  d q + m                       Uniform(4, 0)   d, m, q
     Q5_1       32     24  d q + m                       Uniform(5, 0)   d, m, q
     TQ1_0     256     54  d q                           Ternary         q, d
@@ -35,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.codebook import IQ4_NL
 from ...core.floats import Float
 from ...core.grain import Group
 from ...core.grid import Grid, Ternary, Uniform
@@ -142,6 +144,7 @@ LAYOUTS = {
     "mxfp4": Layout("MXFP4", 38, 32, Float(2, 1), "dq", *NIBBLES, "float8_e8m0fnu"),
     "q4_0": Layout("Q4_0", 2, 32, Uniform(4), "dq", *NIBBLES),
     "q4_k": Layout("Q4_K", 14, 256, Uniform(4, False), "dmsq", *HALVES, "float16", 8, Uniform(6, False), *OF_4),
+    "iq4_nl": Layout("IQ4_NL", 25, 32, IQ4_NL, "dq", *NIBBLES),
     "q4_1": Layout("Q4_1", 3, 32, Uniform(4, False), "dmq", *NIBBLES),
     "q5_0": Layout("Q5_0", 8, 32, Uniform(5), "dq", *FIVES),
     "q5_k": Layout("Q5_K", 16, 256, Uniform(5, False), "dmsq", *FIVE_HALVES, "float16", 8, Uniform(6, False), *OF_4),

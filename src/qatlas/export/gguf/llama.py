@@ -30,12 +30,13 @@ PARTS = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
 }
 ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+ROPES = ("default", "linear", "llama3")
 FREQUENCIES = "rope_freqs.weight"
-SKIPPED = ("rotary_emb.inv_freq",)                                # a buffer that old checkpoints carry; it follows from the config
+SKIPPED = ("rotary_emb.inv_freq", "embeddings.position_ids")      # buffers that old checkpoints carry; they follow from the config
 
 
-def to_gguf(name: str) -> str | None:
-    """A Hugging Face parameter name -> GGUF's, or None for one that Llama does not have.
+def to_gguf(name: str, parts: dict[str, str] = PARTS, ends: dict[str, str] = ENDS, layers: str = "model.layers") -> str | None:
+    """A Hugging Face parameter name -> GGUF's, or None for one that the architecture (by default Llama) does not have.
 
     >>> to_gguf("model.layers.3.self_attn.q_proj.weight")
     'blk.3.attn_q.weight'
@@ -43,25 +44,36 @@ def to_gguf(name: str) -> str | None:
     stem, _, kind = name.rpartition(".")
     if kind not in ("weight", "bias"):
         return None
-    if stem in ENDS:
-        return f"{ENDS[stem]}.{kind}"
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
-    return f"blk.{match[1]}.{PARTS[match[2]]}.{kind}" if match and match[2] in PARTS else None
+    if stem in ends:
+        return f"{ends[stem]}.{kind}"
+    match = re.fullmatch(re.escape(layers) + r"\.(\d+)\.(.+)", stem)
+    return f"blk.{match[1]}.{parts[match[2]]}.{kind}" if match and match[2] in parts else None
 
 
-def to_hf(name: str) -> str | None:
+def to_hf(name: str, parts: dict[str, str] = PARTS, ends: dict[str, str] = ENDS, layers: str = "model.layers") -> str | None:
     """The inverse of `to_gguf`.
 
     >>> to_hf("blk.3.attn_q.weight")
     'model.layers.3.self_attn.q_proj.weight'
     """
     stem, _, kind = name.rpartition(".")
-    ends = {gguf: hf for hf, gguf in ENDS.items()}
-    if stem in ends:
-        return f"{ends[stem]}.{kind}"
+    if kind not in ("weight", "bias"):
+        return None
+    end = {gguf: hf for hf, gguf in ends.items()}.get(stem)
+    if end is not None:
+        return f"{end}.{kind}"
     match = re.fullmatch(r"blk\.(\d+)\.(.+)", stem)
-    part = {gguf: hf for hf, gguf in PARTS.items()}.get(match[2]) if match else None
-    return f"model.layers.{match[1]}.{part}.{kind}" if match and part else None
+    part = {gguf: hf for hf, gguf in parts.items()}.get(match[2]) if match else None
+    return f"{layers}.{match[1]}.{part}.{kind}" if match and part else None
+
+
+def part_of(name: str) -> str:
+    """The part that a GGUF module is, without its layer.
+
+    >>> part_of("blk.3.attn_q"), part_of("cls.output")
+    ('attn_q', 'cls.output')
+    """
+    return re.sub(r"^blk\.\d+\.", "", name)
 
 
 def heads_of(name: str, heads: int, kv_heads: int) -> int | None:
@@ -84,48 +96,45 @@ def unpermute(rows: Tensor, heads: int) -> Tensor:
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
-def numbers(config: dict[str, Any]) -> dict[str, int | float | str]:
-    """config.json -> the keys that llama.cpp needs to build the model.
+def numbers(config: dict[str, Any], name: str = "llama", ropes: tuple[str, ...] = ROPES) -> dict[str, int | float | str]:
+    """config.json -> the keys that llama.cpp needs to build the model. name: the architecture, in front of each; ropes: its rotary scalings.
 
     Raises:
-        FormatError: another architecture, activation or rotary scaling than GGUF's llama has.
+        FormatError: another activation or rotary scaling than the architecture has.
     """
-    kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise FormatError(f"the GGUF writer knows no architecture {kind!r}; it knows {', '.join(ARCHITECTURES)}")
     if config.get("hidden_act", "silu") != "silu":
-        raise FormatError(f"GGUF's llama uses silu, the config says hidden_act={config['hidden_act']!r}")
+        raise FormatError(f"GGUF's {name} uses silu, the config says hidden_act={config['hidden_act']!r}")
     try:
         width, heads = config["hidden_size"], config["num_attention_heads"]
         size = config.get("head_dim") or width // heads
-        rope = rotary(config)
+        rope = rotary(config, name, ropes)
         return {
-            "llama.context_length": config["max_position_embeddings"],
-            "llama.embedding_length": width,
-            "llama.block_count": config["num_hidden_layers"],
-            "llama.feed_forward_length": config["intermediate_size"],
-            "llama.attention.head_count": heads,
-            "llama.attention.head_count_kv": config.get("num_key_value_heads") or heads,
-            "llama.attention.key_length": size,
-            "llama.attention.value_length": size,
-            "llama.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-            "llama.rope.dimension_count": size,
-            "llama.vocab_size": config["vocab_size"],
+            f"{name}.context_length": config["max_position_embeddings"],
+            f"{name}.embedding_length": width,
+            f"{name}.block_count": config["num_hidden_layers"],
+            f"{name}.feed_forward_length": config["intermediate_size"],
+            f"{name}.attention.head_count": heads,
+            f"{name}.attention.head_count_kv": config.get("num_key_value_heads") or heads,
+            f"{name}.attention.key_length": size,
+            f"{name}.attention.value_length": size,
+            f"{name}.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+            f"{name}.rope.dimension_count": size,
+            f"{name}.vocab_size": config["vocab_size"],
             **rope,
         }
     except KeyError as missing:
         raise FormatError(f"the config lacks {missing}, which GGUF needs") from None
 
 
-def rotary(config: dict[str, Any]) -> dict[str, int | float | str]:
+def rotary(config: dict[str, Any], name: str = "llama", ropes: tuple[str, ...] = ROPES) -> dict[str, int | float | str]:
     """The rotary keys, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
     given = config.get("rope_parameters") or {**(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta", 10000.0)}
     kind = given.get("rope_type", given.get("type", "default"))
-    out: dict[str, int | float | str] = {"llama.rope.freq_base": float(given.get("rope_theta", 10000.0))}
+    out: dict[str, int | float | str] = {f"{name}.rope.freq_base": float(given.get("rope_theta", 10000.0))}
+    if kind not in ropes:
+        raise FormatError(f"the GGUF writer cannot express rotary scaling {kind!r} of {name}; it knows {', '.join(ropes)}")
     if kind == "linear":
-        out |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": float(given["factor"])}
-    elif kind not in ("default", "llama3"):
-        raise FormatError(f"the GGUF writer cannot express rotary scaling {kind!r}; it knows default, linear, llama3")
+        out |= {f"{name}.rope.scaling.type": "linear", f"{name}.rope.scaling.factor": float(given["factor"])}
     return out
 
 
@@ -140,12 +149,3 @@ def rotary_factors(config: dict[str, Any]) -> Tensor | None:
     low, high, turns = given["low_freq_factor"], given["high_freq_factor"], given["original_max_position_embeddings"] * frequency / (2 * math.pi)
     smooth = ((turns - low) / (high - low)).clamp(0, 1)           # 0 for long waves, 1 for short
     return (1 / ((1 - smooth) / given["factor"] + smooth)).float()
-
-
-def expected(config: dict[str, Any], names: set[str]) -> tuple[set[str], set[str]]:
-    """The GGUF names of the weights that a model of this config must have and does not, and of tensors it has beyond them."""
-    tied = config.get("tie_word_embeddings", False)
-    must = {f"{name}.weight" for name in ENDS.values() if not (tied and name == "output")}
-    must |= {f"blk.{i}.{part}.weight" for i in range(config["num_hidden_layers"]) for part in PARTS.values()}
-    may = {name.replace(".weight", ".bias") for name in must if name.startswith("blk.") and "norm" not in name}
-    return must - names, names - must - may

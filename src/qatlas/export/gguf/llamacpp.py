@@ -9,7 +9,7 @@ With quantized weights llama.cpp also quantizes the *inputs* of every matrix pro
 it not to:
 
     weight        inputs                                   top-10 log-probabilities of a small random model
-    F32           fp32                                     3e-6
+    F32           fp32                                     3e-6; 1e-3 in Gemma and BERT, whose gelu llama.cpp looks up in a table of fp16 numbers
     Q8_0, Q4_0    8 bits, groups of 32, fp16 step          0.05; with the same rounding of inputs done by us, to 1e-6
     TQ2_0         8 bits, groups of 256, fp32 step         the same
 
@@ -65,6 +65,22 @@ def tokenize(path: str | Path, texts: Sequence[str], special: bool = True) -> li
     return [answer["tokens"] for answer in answers]
 
 
+def vectors(path: str | Path, prompts: Sequence[str | Sequence[int]], pooling: str = "") -> list[list[list[float]]]:
+    """What an encoder says of each prompt (text is framed and cut by llama.cpp, ids are taken as they are): its vectors, one for all tokens or one
+    for each, as the file's pooling has it. pooling: another ("none", "mean", "cls")."""
+    asked = [{"embeddings": {"content": prompt if isinstance(prompt, str) else list(prompt), "embd_normalize": -1}} for prompt in prompts]
+    return [answer[0]["embedding"] for answer in _ask(path, asked, pooling=pooling)]
+
+
+def scores(path: str | Path, prompts: Sequence[str | Sequence[int]]) -> list[list[float]]:
+    """The class scores of an encoder with a classifier, for each prompt."""
+    reader = open_file(path)
+    labels = field(reader, f"{field(reader, 'general.architecture')}.classifier.output_labels")
+    if not labels:
+        raise FormatError(f"{path} has no classifier")
+    return [found[0][: len(labels)] for found in vectors(path, prompts, "rank")]     # the endpoint pads them to the width of the model
+
+
 def _letter(path: str | Path) -> int:
     """The id of some ordinary piece that is one whole character."""
     reader = open_file(path)
@@ -73,15 +89,15 @@ def _letter(path: str | Path) -> int:
     return next(found, 0)
 
 
-def _ask(path: str | Path, jobs: list[dict[str, Any]], threads: int = 1, seconds: float = 600) -> list[Any]:
+def _ask(path: str | Path, jobs: list[dict[str, Any]], threads: int = 1, seconds: float = 600, pooling: str | None = None) -> list[Any]:
     """Start, put the questions, collect the answers, end."""
     if not available():
         raise RunError('llama.cpp is not installed here; pip install "qatlas[llamacpp]"')
     reader = open_file(path)
     if field(reader, "tokenizer.ggml.model") in (None, "none", "no_vocab"):
         raise FormatError(f"{path} has no vocabulary, and llama.cpp's server answers in words; write it from a checkpoint with a tokenizer")
-    context = int(field(reader, "llama.context_length") or 512)
-    request = json.dumps({"path": str(path), "context": min(context, 4096), "threads": threads, "jobs": jobs})
+    context = int(field(reader, f"{field(reader, 'general.architecture')}.context_length") or 512)
+    request = json.dumps({"path": str(path), "context": min(context, 4096), "threads": threads, "jobs": jobs, "pooling": pooling})
     quiet = {**os.environ, "GGML_NO_BACKTRACE": "1"}              # without it an abort starts a debugger
     done = subprocess.run([sys.executable, str(CHILD)], input=request, capture_output=True, text=True, timeout=seconds, env=quiet, check=False)
     if done.returncode:

@@ -26,6 +26,11 @@ def main() -> None:
     kind = xllamacpp.ggml_type.GGML_TYPE_F32
     params.cache_type_k, params.cache_type_v, params.flash_attn_type = kind, kind, xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.warmup, params.enable_chat_template, params.api_keys = False, False, [key]
+    if request["pooling"] is not None:                            # vectors are asked for, not words
+        params.embedding, params.embd_normalize, params.n_ubatch = True, -1, request["context"]
+        params.n_batch = request["context"]
+        if request["pooling"]:
+            params.pooling_type = getattr(xllamacpp.llama_pooling_type, f"LLAMA_POOLING_TYPE_{request['pooling'].upper()}")
     server = xllamacpp.Server(params)
     answers = [_answer(server, key, job) for job in request["jobs"]]
     del server                                                    # waits for its loop
@@ -37,9 +42,10 @@ def _answer(server: Any, key: str, job: dict[str, Any]) -> Any:
     if "complete" in job:
         answer = server.handle_completions(job["complete"])
         return json.loads(answer) if isinstance(answer, str | bytes) else answer
-    body = json.dumps(job["tokenize"]).encode()
+    (name, content), = job.items()
+    body = json.dumps(content).encode()
     head = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    call = urllib.request.Request(f"{server.listening_address}/tokenize", body, head)
+    call = urllib.request.Request(f"{server.listening_address}/{name}", body, head)
     with urllib.request.urlopen(call, timeout=60) as reply:
         return json.load(reply)
 

@@ -3,7 +3,7 @@
 Vector units shape all of these. Elements that share a byte lie 16, 32 or 64 apart and not side by side, so that one mask over 16 or 32 bytes gives
 as many neighbours.
 
-    nibbles      16 bytes of 32     byte i = u[i] | u[i + 16] << 4                                          Q4_0, Q4_1, MXFP4
+    nibbles      16 bytes of 32     byte i = u[i] | u[i + 16] << 4                                          Q4_0, Q4_1, MXFP4, IQ4_NL
     fives        4 + 16 of 32       bit i of a little-endian u32 is bit 4 of u[i]; then nibbles             Q5_0, Q5_1
     pairs        64 bytes of 256    halves of 128; byte i = sum over j = 0..3 of u[32 j + i] << 2 j         TQ2_0, Q2_K
     trits        52 bytes of 256    five of 0, 1, 2 a byte as a fraction of 243, see below                  TQ1_0
