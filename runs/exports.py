@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib
 import re
 
-from qatlas.core.grain import Group, PerToken
 from qatlas.core.floats import Float
+from qatlas.core.grain import Group, PerToken
 from qatlas.core.grid import HalfStep, Uniform
 from qatlas.core.quantizer import Quant
 from qatlas.core.scale import AbsMax, Learned, MinMax
