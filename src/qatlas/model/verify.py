@@ -7,10 +7,11 @@
     transformers         the exported file dequantized: the same logits as the trained model with its input quantizers off
                          (a format that says how inputs are quantized: the model itself, loaded by transformers, with everything on)
     onnxruntime          a file that holds the whole computation: the logits of the trained model, within TIES or SUMS of the largest
+    OpenVINO             the same file: every weight bit for bit by its reading, and the same logits, where it is installed and reads such a file
     the engine           llama.cpp itself: close, not equal, since it rounds the inputs of every product in its own way (see export.gguf.llamacpp)
 
-All but the last two are equalities: a single bit is a failure. onnxruntime sums in another order, and where activations are quantized a value within
-the last bit of a tie falls on the other side; its optimizations are off (see export.onnx). The engine is stated as the largest difference of a
+All but logits of engines are equalities: a single bit is a failure. onnxruntime and OpenVINO sum in another order, and where activations are quantized
+a value within the last bit of a tie falls on the other side; onnxruntime's optimizations are off (see export.onnx). The engine is stated as the largest difference of a
 log-probability among the ten most probable tokens, and as the share of prompts on which both sides choose the same token. A file that
 cannot be read any more is a proof that failed.
 """
@@ -154,8 +155,8 @@ def _export(model: nn.Module, target: str, path: Path, asked: list[Tensor]) -> l
                             f"logits of {len(ids)} prompts {'equal' if same else f'differ by up to {float((ours - theirs).abs().max()):.1e}'}"))
     if first.passed and hasattr(form, "model"):
         proofs.append(_loaded(model, target, path, form.model, asked))
-    if first.passed and hasattr(form, "answers"):
-        proofs.append(_computed(model, target, path, form.answers, asked, left_out))
+    for engine in getattr(form, "ENGINES", ()) if first.passed else ():
+        proofs += _engines(model, target, path, engine, asked, left_out)
     if first.passed and hasattr(form, "engine"):
         proofs.append(_engine(model, target, path, form.engine, asked))
     return proofs
@@ -187,7 +188,25 @@ def _weights(model: nn.Module, target: str, found: dict[str, Tensor], types: Map
     return Proof(f"{target} holds the trained weights", READER, not wrong, result)
 
 
-def _computed(model: nn.Module, target: str, path: Path, ask: Any, asked: list[Tensor], left_out: Sequence[str]) -> Proof:
+def _engines(model: nn.Module, target: str, path: Path, engine: Any, asked: list[Tensor], left_out: Sequence[str]) -> list[Proof]:
+    """What one engine makes of a file with the whole computation; the first is the public reader, whose weights are proved already."""
+    form, _ = find_target(target)
+    claim = f"{target} holds the trained weights"
+    if why := engine.why_not(path):
+        return [Proof(claim, engine.NAME, None, why, "")]
+    weights = []
+    if engine is not form.ENGINES[0]:
+        try:
+            weights = [_weights(model, target, form.read(path, engine), {}, form.unused(path)[0])]
+        except QatlasError as error:
+            weights = [Proof(claim, engine.NAME, False, str(error))]
+        weights[0].reader = engine.NAME
+        if not weights[0].passed:
+            return weights
+    return [*weights, _computed(model, target, path, engine, asked, left_out)]
+
+
+def _computed(model: nn.Module, target: str, path: Path, engine: Any, asked: list[Tensor], left_out: Sequence[str]) -> Proof:
     bare = f"with its inputs in full precision: the target leaves {len(left_out)} quantizers out"
     claim = f"{target} computes what the trained model computes" + (f", {bare}" if left_out else "")
     quantized = not left_out and any(q.on for q in _activations(model))
@@ -196,13 +215,13 @@ def _computed(model: nn.Module, target: str, path: Path, ask: Any, asked: list[T
     with _inputs_off(model) if left_out else contextlib.nullcontext():
         ours = _answers(model, asked)
     try:
-        theirs = ask(path, asked)
+        theirs = find_target(target)[0].answers(path, asked, engine)
     except QatlasError as error:
-        return Proof(claim, "onnxruntime", False, str(error), tolerance)
+        return Proof(claim, engine.NAME, False, str(error), tolerance)
     off, most = float((ours - theirs).abs().max()), float(ours.abs().max())
     same = int((ours.argmax(-1) == theirs.argmax(-1)).sum())
     result = f"logits within {off:.1e}, the largest being {most:.2g}; the same first answer on {same} of {len(ours)} inputs"
-    return Proof(claim, "onnxruntime", off <= limit * most, result, tolerance)
+    return Proof(claim, engine.NAME, off <= limit * most, result, tolerance)
 
 
 def _engine(model: nn.Module, target: str, path: Path, ask: Any, asked: list[Tensor]) -> Proof:
