@@ -10,10 +10,10 @@
     OpenVINO             the same file: every weight bit for bit by its reading, and the same logits, where it is installed and reads such a file
     the engine           llama.cpp itself: close, not equal, since it rounds the inputs of every product in its own way (see export.gguf.llamacpp)
 
-All but logits of engines are equalities: a single bit is a failure. onnxruntime and OpenVINO sum in another order, and where activations are quantized
-a value within the last bit of a tie falls on the other side; onnxruntime's optimizations are off (see export.onnx). The engine is stated as the largest difference of a
-log-probability among the ten most probable tokens, and as the share of prompts on which both sides choose the same token. A file that
-cannot be read any more is a proof that failed.
+All but logits of engines are equalities: a single bit is a failure. onnxruntime and OpenVINO sum in another order, and where activations are
+quantized a value within the last bit of a tie falls on the other side; onnxruntime's optimizations are off (see export.onnx). The engine is stated as
+the largest difference of a log-probability among the ten most probable tokens, and as the share of prompts on which both sides choose the same
+token. A file that cannot be read any more is a proof that failed.
 """
 
 from __future__ import annotations

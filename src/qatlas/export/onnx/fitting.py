@@ -103,8 +103,8 @@ def why_not(tensor: Any, target: str, shape: tuple[int, ...] | None = None) -> s
     except QuantError as error:
         return str(error)
     if NBITS in target and len(shape) == 2 and width(tensor.grain, shape[1]) is None:
-        return f"{tensor.grain} has no place in MatMulNBits, whose steps serve blocks of 16 inputs or a multiple of that; take a group of 16, 32, 64, " \
-               "128 or 256, or one step a channel"
+        return (f"{tensor.grain} has no place in MatMulNBits, whose steps serve blocks of 16 inputs or a multiple of that; take a group of 16, "
+                "32, 64, 128 or 256, or one step a channel")
     if not isinstance(tensor, Quant) and found.times > 1 and bool((tensor.steps.abs() < NORMAL).any()):
         return f"a step below {NORMAL:.0e} divided by {found.times} is no exact fp32 number"
     return None
