@@ -103,6 +103,15 @@ def test_a_decoder_in_matmulnbits(tmp_path):
     assert all("0.0001 of the largest" in proof.tolerance and "on 8 of 8" in proof.result for proof in engines)
 
 
+def test_token_types_are_asked_of_models_that_have_them():
+    """GPT-2 would look type 0 up as its first word, and compute something else than without."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16))
+    assert list(inputs(gpt2)) == ["input_ids", "attention_mask"]
+    assert list(inputs(bert())) == ["input_ids", "attention_mask", "token_type_ids"]
+
+
 def test_an_engine_that_disagrees_fails_its_proof(run, monkeypatch):
     """Weights first: where those differ, logits would say nothing new."""
     module = form.ENGINES[1]

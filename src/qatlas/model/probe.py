@@ -57,7 +57,8 @@ def inputs(model: Any) -> dict[str, Tensor]:
         return {main: torch.zeros(2, channels, height, width if sized(model) else 2 * width)}      # equal sides would be taken for a law
     ids = torch.arange(16).view(2, 8) % model.config.vocab_size
     values = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-    return {name: values[name] for name in TEXT if name in takes}
+    typed = getattr(model.config, "type_vocab_size", 0)           # GPT-2 looks token types up among its words: type 0 is not "no type" there
+    return {name: values[name] for name in TEXT if name in takes and (typed or name != "token_type_ids")}
 
 
 def sized(model: Any) -> bool:

@@ -30,8 +30,9 @@ def tensor(quant=None, shape=(6, 24)):
 
 
 @pytest.mark.parametrize("target", ["int8", "int4"])
-@pytest.mark.parametrize("quant", [Quant(Uniform(4)), Quant(Uniform(3), PerTensor()), Quant(Uniform(4), Group(8)), Quant(Uniform(4), Group(8), MinMax()),
-                                   Quant(Uniform(4, False), PerChannel(), MinMax()), Quant(Uniform(8)), Quant(Ternary(), PerChannel(1))], ids=str)
+@pytest.mark.parametrize("quant", [Quant(Uniform(4)), Quant(Uniform(3), PerTensor()), Quant(Uniform(4), Group(8)), Quant(Uniform(8)),
+                                   Quant(Uniform(4), Group(8), MinMax()), Quant(Uniform(4, False), PerChannel(), MinMax()),
+                                   Quant(Ternary(), PerChannel(1))], ids=str)
 def test_weights_bit_for_bit(quant, target, tmp_path):
     needs()
     for how in ("linear", "gather"):
