@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.verb == "latency":
         (given.out / "latency.json").write_text(json.dumps(latency(given.out), indent=1))
     rows = read(given.out / "engines.json")
-    for name, bits in [(name, bits) for name in TARGETS for bits in TARGETS[name] if given.verb == "make" and name in given.models]:
+    for name, bits in [(each, bits) for each in TARGETS for bits in TARGETS[each] if given.verb == "make" and each in given.models]:
         if not any((row["model"], row["bits"]) == (name, bits) for row in rows):
             for stale in given.out.glob(f"{name}-{bits}-*.onnx"):
                 stale.unlink()
