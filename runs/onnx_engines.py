@@ -59,27 +59,27 @@ SAMPLES = {"minilm": 128, "resnet20": 500}
 TITLES = {"minilm": "MiniLM-L6, SST-2", "resnet20": "ResNet-20, CIFAR-10"}
 REPEATS = 200
 COMMAND = "python runs/onnx_engines.py make --teacher TEACHER --out DIR; python runs/onnx_engines.py table --out DIR --page docs/results.md"
-SETTING = """LSQ for {steps} steps (MiniLM: batch 8, 5e-5; ResNet-20: batch 32, 3e-4, batch norms folded first), inputs of 8 bits with static steps.
+SETTING = """LSQ (steps: {steps}; MiniLM: batch 8, 5e-5; ResNet-20: batch 32, 3e-4, batch norms folded first), inputs of 8 bits with static steps.
 Accuracy on a part of the held-out samples only: it says whether engines agree with us, not how good the method is. Logits: the largest difference of
 any sample (and the median of the samples) as a share of the largest logit. Weights: quantized tensors that the engine has bit for bit.
 """
 
 
-def prepared(name: str, teacher: Path | None) -> tuple[Any, Any]:
-    """The full-precision model and its task, held-out part cut to SAMPLES."""
+def prepared(name: str, teacher: Path | None, samples: int) -> tuple[Any, Any]:
+    """The full-precision model and its task, its held-out part cut."""
     run = Run(None, seed=0, progress=False)
     if name == "minilm":
         assert teacher is not None, "MiniLM needs --teacher"
-        task = glue("sst2", AutoTokenizer.from_pretrained(teacher), run, held=SAMPLES[name], batch=8)
+        task = glue("sst2", AutoTokenizer.from_pretrained(teacher), run, held=samples, batch=8)
         return BertForSequenceClassification.from_pretrained(teacher).eval(), task
     task = cifar_task(batch=32, run=run, **NORMED)
-    task.held_rows = SAMPLES[name]
+    task.held_rows = samples
     return fold(cifar_resnet()), task
 
 
-def make(name: str, bits: int, out: Path, teacher: Path | None, steps: int) -> list[dict[str, Any]]:
+def make(name: str, bits: int, out: Path, teacher: Path | None, steps: int, samples: int) -> list[dict[str, Any]]:
     """Train, export, ask; a row for each target and way."""
-    model, task = prepared(name, teacher)
+    model, task = prepared(name, teacher, samples)
     full = evaluate(model, task)["accuracy"]
     torch.manual_seed(0)
     model = pack(lsq(model, task, bits=bits, input_bits=8, static=True, lr=RATES[name], steps=steps))
@@ -162,7 +162,7 @@ def latency(out: Path) -> dict[str, dict[str, float]]:
 
 def section(rows: Sequence[dict[str, Any]], speed: dict[str, dict[str, float]]) -> str:
     """The section of the page."""
-    steps = ", ".join(sorted({str(row["steps"]) for row in rows}))
+    steps = ", ".join(f"{TITLES[name].partition(',')[0]} {steps}" for name, steps in dict.fromkeys((row["model"], row["steps"]) for row in rows))
     lines = ["## ONNX in two engines\n", f"`{COMMAND}`\n", SETTING.format(steps=steps),
              "| | target | bytes | asked | weights | accuracy: fp32 / ours / engine | logits off, largest (median) | same class | samples |",
              "|---|---|---|---|---|---|---|---|---|"]
@@ -199,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--teacher", type=Path, help="a directory of runs/minilm_glue.py")
     parser.add_argument("--models", nargs="*", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--samples", type=int, help="held-out samples; by default 128 sentences, 500 images")
     parser.add_argument("--page", type=Path)
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
@@ -209,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not any((row["model"], row["bits"]) == (name, bits) for row in rows):
             for stale in given.out.glob(f"{name}-{bits}-*.onnx"):
                 stale.unlink()
-            rows += make(name, bits, given.out, given.teacher, given.steps)
+            rows += make(name, bits, given.out, given.teacher, given.steps, given.samples or SAMPLES[name])
             (given.out / "engines.json").write_text(json.dumps(rows, indent=1))
     order = list(TARGETS)
     made = section(sorted(rows, key=lambda row: (order.index(row["model"]), -row["bits"])), read(given.out / "latency.json") or {})

@@ -254,7 +254,7 @@ def doctor() -> int:
 
     extras = {module: "there" if find_spec(module) else f"missing: pip install 'qatlas[{extra}]'"
               for module, extra in (("compressed_tensors", "compressed-tensors"), ("xllamacpp", "llamacpp"), ("onnxruntime", "onnx"),
-                                    ("PIL", "vision"), ("tensorboard", "tensorboard"))}
+                                    ("openvino", "openvino"), ("PIL", "vision"), ("tensorboard", "tensorboard"))}
     table.pairs({**versions(), **machine(), "export targets": ", ".join(targets()), **extras})
     return 0
 
