@@ -32,9 +32,10 @@ def test_the_section(runs, tmp_path):
     made = runs.section([row()], {})
     assert ("| ResNet-20, CIFAR-10, w4a8 | int4 | 1,234,567 | OpenVINO | 19 of 19 | 81.2 / 75.0 / 50.0 % | 1.5e-03 (2.0e-06) | 99.0 % | 500 |"
             in made)
-    assert "steps: ResNet-20 60;" in made and "was not measured yet" in made
+    assert "ResNet-20: 60 steps, batch 32" in made and "MiniLM-L6: not run yet" in made and "was not measured yet" in made
     made = runs.section([row()], {"resnet20-8-fp32": {"onnxruntime": 1.0, "OpenVINO, as it comes": 0.5}})
     assert "| resnet20, fp32 | 1.00 | 0.50 |" in made
+    assert "at most 2.0e-06" in runs.reading([row(), row(way="OpenVINO, as it comes", median=0.01)])
     page = tmp_path / "page.md"
     page.write_text("# Results\n")
     for _ in range(2):
