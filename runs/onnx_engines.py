@@ -60,7 +60,8 @@ TITLES = {"minilm": "MiniLM-L6, SST-2", "resnet20": "ResNet-20, CIFAR-10"}
 REPEATS = 200
 COMMAND = "python runs/onnx_engines.py make --teacher TEACHER --out DIR; python runs/onnx_engines.py table --out DIR --page docs/results.md"
 HOW = {"minilm": "batch 8, learning rate 5e-5", "resnet20": "batch 32, learning rate 3e-4, batch norms folded first"}
-SETTING = """LSQ, inputs of 8 bits with static steps. {how}. Accuracy on a part of the held-out samples only: it says whether engines agree with us, not how good the method is. Logits: the largest difference of
+SETTING = """LSQ, inputs of 8 bits with static steps. {how}.
+Accuracy on a part of the held-out samples only: it says whether engines agree with us, not how good the method is. Logits: the largest difference of
 any sample (and the median of the samples) as a share of the largest logit. Weights: quantized tensors that the engine has bit for bit.
 """
 
@@ -188,9 +189,8 @@ def reading(rows: Sequence[dict[str, Any]]) -> str:
     if not exact or not free:
         return ""
     return (f"Asked to compute what the file says, the engines are off by at most {max(exact):.1e} in the median sample: sums in another order. The "
-            "largest\ndifference is a tie: an activation within the last bit of the middle of two codes, which falls the other way and takes others "
-            f"along. As they\ncome, the median is {min(free):.1e} to {max(free):.1e}: they multiply in 8 bits, and round between layers in their own "
-            "way.\n")
+            "largest\ndifference is where an activation lies within the last bit of the middle of two codes, falls the other way, and takes others "
+            f"along. As they\ncome (quantizers and products fused into 8-bit kernels), the median is {min(free):.1e} to {max(free):.1e}.\n")
 
 
 def write(page: Path, made: str) -> None:
