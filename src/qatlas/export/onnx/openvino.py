@@ -2,8 +2,10 @@
 
 It is asked to compute in fp32, exactly, and on one thread: INT8 and INT4 weights stay what they are, a QuantizeLinear stays one, and only the order
 of sums is its own. As it comes it multiplies in 8 bits where it can, and logits move by percents of the largest
-(docs/results.md#onnx-in-two-engines), as onnxruntime's do with its optimizations. INT2 it refuses ("Unsupported type"), so a file of `onnx:int2` is not asked about; the 2-bit MatMulNBits of
-`onnx:int2-matmulnbits` it reads, bit for bit.
+(docs/results.md#onnx-in-two-engines), as onnxruntime's do with its optimizations.
+
+INT2 it refuses ("Unsupported type"), so a file of `onnx:int2` is not asked about; the 2-bit MatMulNBits of `onnx:int2-matmulnbits` it reads, bit for
+bit.
 """
 
 from __future__ import annotations
