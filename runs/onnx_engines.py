@@ -114,7 +114,11 @@ def held_by(engine: Any, path: Path, data: Any) -> str:
 
 def asked(ask: Any, batches: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
     """The logits of all samples."""
-    return torch.cat([torch.from_numpy(np.asarray(ask({key: batch[key].numpy() for key in ask.inputs})[0])) for batch in batches])
+    found = []
+    for batch in batches:
+        more = {"token_type_ids": torch.zeros_like(batch["input_ids"])} if "input_ids" in batch else {}      # where the tokenizer says none
+        found.append(torch.from_numpy(np.asarray(ask({key: (more | batch)[key].numpy() for key in ask.inputs})[0])))
+    return torch.cat(found)
 
 
 def right(logits: torch.Tensor, label: torch.Tensor) -> float:
