@@ -122,6 +122,16 @@ def test_plan_and_types(tmp_path):
     assert {entry.domain: entry.version for entry in onnx.load(path).opset_import} == {"": 21, "com.microsoft": 1}
 
 
+@pytest.mark.parametrize("name, value", [("K", 2**40), ("N", 7), ("bits", 8), ("block_size", 0)])
+def test_a_node_that_does_not_belong_to_its_codes(name, value, tmp_path):
+    path = write(made(quantized(Quant(Uniform(4), Group(16)))), tmp_path / "m.onnx", "int4-matmulnbits")
+    proto = onnx.load(path)
+    next(a for a in proto.graph.node[0].attribute if a.name == name).i = value
+    onnx.save(proto, path)
+    with pytest.raises(FormatError, match=rf"w.weight.product says .*{name}={value}.* codes have the shape \[6, 3, 8\]"):
+        read(path)
+
+
 def test_another_models_graph(tmp_path):
     data = made(quantized(Quant(Uniform(4))))
     data.tensors["w.weight"] = quantized(Quant(Uniform(4)), (48, 6))
