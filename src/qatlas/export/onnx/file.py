@@ -172,11 +172,12 @@ def read(path: str | Path, engine: Any = runtime) -> dict[str, Tensor]:
 def types(path: str | Path) -> dict[str, int]:
     """How many quantized weights of which type."""
     proto = _open(path)
+    import onnx
+
     kinds = {t.name: t.data_type for t in proto.graph.initializer}
-    names = type(proto.graph.initializer[0]).DataType if kinds else None
     found = {node.input[1]: f"{nbits.OP} of {next(a.i for a in node.attribute if a.name == 'bits')} bits"
              for node in proto.graph.node if node.op_type == nbits.OP}
-    found |= {node.input[0]: names.Name(kinds[node.input[0]]) for node in proto.graph.node if node.name.endswith(".dequantize")}
+    found |= {node.input[0]: onnx.TensorProto.DataType.Name(kinds[node.input[0]]) for node in proto.graph.node if node.name.endswith(".dequantize")}
     return dict(sorted(Counter(found.values()).items()))
 
 

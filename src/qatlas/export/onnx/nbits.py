@@ -128,8 +128,8 @@ def weight(node: Any, constants: dict[str, Any], start: Any) -> Tensor:
     k, n, bits, block = (facts.get(name, 0) for name in ("K", "N", "bits", "block_size"))
     have = list(constants[node.input[1]].dims) if len(node.input) > 1 and node.input[1] in constants else []
     if min(k, n, bits, block) < 1 or have != [n, -(-k // block), block * bits // 8]:
-        raise FormatError(f"{node.name} says K={k}, N={n}, bits={bits}, block_size={block}, and its codes have the shape {have}; the file is damaged or "
-                          "was edited, write it anew")
+        raise FormatError(f"{node.name} says K={k}, N={n}, bits={bits}, block_size={block}, and its codes have the shape {have}; the file is damaged "
+                          "or was edited, write it anew")
     product = helper.make_node(OP, ["x", *node.input[1:]], ["y"], domain=DOMAIN, **facts)
     x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["rows", size]) for name, size in (("x", k), ("y", n)))
     graph = helper.make_graph([product], "weight", [x], [y], [constants[name] for name in node.input[1:]])
