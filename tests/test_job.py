@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from small import write_llama
 
 from qatlas import keep
-from qatlas.core.error import DataError, FormatError, QatlasError, RuleError, RunError
+from qatlas.core.error import DataError, FormatError, QatlasError, QuantError, RuleError, RunError
 from qatlas.export import compressed_tensors, torchao
 from qatlas.job import generate, plan, run
+from qatlas.model.fold import folded
 from qatlas.model.load import load
 from qatlas.model.rules import Rule
 from qatlas.model.verify import exports, verify
@@ -35,6 +37,15 @@ def test_stages_are_said_and_timed(small, tmp_path):
     assert outcome.out == tmp_path / "out" and outcome.record.curve[0][0] == 1
     assert outcome.record.job["watch"] == 1 and Record.read(outcome.out).job["length"] == 32
     assert set(outcome.record.samples) == {"full precision", "packed"}
+
+
+def test_norms_are_folded_before_anything_else(tmp_path):
+    np.savez(tmp_path / "images.npz", x=np.zeros((40, 32, 32, 3), np.uint8), y=np.arange(40) % 10)
+    small = Job(data=str(tmp_path / "images.npz"), batch=2, fold=True)
+    model, _, _ = prepare(replace(small, model="zoo:resnet"), Run(progress=False))
+    assert len(folded(model)) > 5 and not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+    with pytest.raises(QuantError, match="has no batch norm.*it has none"):
+        prepare(replace(small, model="zoo:vit"), Run(progress=False))
 
 
 def test_the_packed_directory_is_the_packed_model(small, tmp_path):

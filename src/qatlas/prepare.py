@@ -17,6 +17,7 @@ from .core.error import CheckpointError, DataError, RuleError, unknown
 from .core.noun import from_json
 from .export import Checkpoint
 from .export import target as find_target
+from .model.fold import fold
 from .model.load import load, speciality
 from .model.probe import undisturbed
 from .train import data
@@ -39,6 +40,7 @@ class Job:
         out: the directory of all that the run leaves behind.
         target: the artefact to train for and to write, such as gguf:tq2_0 (`qatlas doctor` lists them); none trains for the packed directory only.
         rules: a JSON file of extra rules, which stand before the paper's.
+        fold: fold the batch norms into the convolutions in front of them first (ResNet); for a model that goes to an engine.
         seed: of the data order and all else that is drawn.
         resume: go on from the resume points in out.
         length: tokens of a window (lm, chat) or of a sentence.
@@ -58,6 +60,7 @@ class Job:
     out: str | None = None
     target: str | None = None
     rules: str | None = None
+    fold: bool = False
     seed: int = 0
     resume: bool = False
     length: int = 256
@@ -87,6 +90,8 @@ def prepare(job: Job, control: Run, say: Callable[[str], None] = lambda line: No
     broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     if broken:
         raise CheckpointError(f"{job.model} holds NaN or infinity in {len(broken)} tensors, for instance {broken[0]}; nothing can be trained from it")
+    if job.fold:
+        fold(model)
     if job.target:
         _check_target(job.target, model, tokenizer)
     if kind == "image":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from qatlas.core.grid import Uniform
 from qatlas.core.scheme import scheme, weight
 from qatlas.export import onnx as form
 from qatlas.export.onnx.signals import address, marks
+from qatlas.model import verify as verify_module
 from qatlas.model.graph import graph, inputs
 from qatlas.model.pack import checkpoint, pack, save
 from qatlas.model.rules import Rule, quantize
@@ -73,9 +75,50 @@ def run(request, tmp_path_factory):
 
 def test_every_proof_passes(run):
     proofs = verify(run.out, trained=run.model)
-    assert [proof.reader for proof in proofs][-2:] == ["the format's public reader", "onnxruntime"]
-    assert all(proof.passed for proof in proofs), proofs
-    assert "ties of activations" in proofs[-1].tolerance and "on 8 of 8 inputs" in proofs[-1].result
+    said = [(proof.reader, proof.passed) for proof in proofs]
+    theirs, ours = said[4:], proofs[3]
+    assert said[:4] == [("transformers from_pretrained", True)] * 2 + [("the format's public reader", True), ("onnxruntime", True)], proofs
+    assert "ties of activations" in ours.tolerance and "on 8 of 8 inputs" in ours.result
+    if find_spec("openvino") is None or run.name == "resnet":
+        assert theirs == [("OpenVINO", None)] and ("INT2" in proofs[4].result or "qatlas[openvino]" in proofs[4].result)
+    else:
+        assert theirs == [("OpenVINO", True)] * 2, proofs
+        assert "equal bit for bit" in proofs[4].result and "on 8 of 8 inputs" in proofs[5].result
+
+
+def test_a_decoder_in_matmulnbits(tmp_path):
+    """The tied head's weight is looked up too, and stays one copy."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+                                         num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=True)).eval()
+    model = pack(quantize(model, [Rule("*", weight=weight(2))], target="onnx:int2-matmulnbits"))
+    save(model, tmp_path / "out")
+    path = keep.export(tmp_path / "out", "onnx:int2-matmulnbits", model)
+    assert form.types(path) == {"INT4": 1, "MatMulNBits of 2 bits": 7}
+    proofs = verify(tmp_path / "out", trained=model)
+    engines = [proof for proof in proofs if "computes" in proof.claim and proof.reader in ("onnxruntime", "OpenVINO")]
+    assert all(proof.passed is not False for proof in proofs) and engines, proofs
+    assert all("0.0001 of the largest" in proof.tolerance and "on 8 of 8" in proof.result for proof in engines)
+
+
+def test_token_types_are_asked_of_models_that_have_them():
+    """GPT-2 would look type 0 up as its first word, and compute something else than without."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16))
+    assert list(inputs(gpt2)) == ["input_ids", "attention_mask"]
+    assert list(inputs(bert())) == ["input_ids", "attention_mask", "token_type_ids"]
+
+
+def test_an_engine_that_disagrees_fails_its_proof(run, monkeypatch):
+    """Weights first: where those differ, logits would say nothing new."""
+    module = form.ENGINES[1]
+    monkeypatch.setattr(module, "why_not", lambda path: None)
+    monkeypatch.setattr(form, "read", lambda path, engine=None: {})
+    proofs = verify_module._engines(run.model, run.target, run.path, module, [], [])
+    assert [(proof.reader, proof.passed) for proof in proofs] == [("OpenVINO", False)] and "tensors differ" in proofs[0].result
 
 
 def test_the_file_holds_what_was_said(run):

@@ -23,6 +23,10 @@ and where they make sense
     qtensors     artefact -> name -> QTensor or Tensor: the start of further training. It never trusts the file
     holds        path -> whether the artefact is of this format, by its config or magic bytes alone
     engine       file, prompts -> what an engine says, or a sentence on why it was not asked
+    ENGINES      of a format that holds the whole computation: modules with a NAME, why_not (file -> the sentence for one that this engine cannot be
+                 asked about, or None) and start; `read` and `answers` take one of them, the first by default
+    answers      file, inputs, engine -> the logits that it computes
+    unused       file -> tensors that the computation does not use, and quantizers of activations that it leaves out
 
 It is found by listing this folder: `target("gguf:q4_0")` is the module gguf and its target q4_0. There is no registry.
 """

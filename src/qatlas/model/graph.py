@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -32,9 +31,8 @@ from ..export.checkpoint import DOMAIN, MARK, Graph, Signal
 from ..layers.packed import Packed, Store
 from . import artefact
 from .pack import pack
-from .probe import images
+from .probe import inputs, sized
 
-TEXT = ("input_ids", "attention_mask", "token_type_ids")
 NOISY = "torch.onnx._internal.exporter._registration"             # says for each operator of torchvision that torchvision is not there
 ROOT = "whole"
 
@@ -68,24 +66,6 @@ def graph(model: nn.Module, opset: int, batch: dict[str, Tensor] | None = None) 
     assert program is not None
     _rename(program.model.graph, whole)
     return Graph(program.model, signals)
-
-
-def inputs(model: Any) -> dict[str, Tensor]:
-    """Two rows of what a transformers model takes, by name.
-
-    Raises:
-        FormatError: a module that does not say what it takes.
-    """
-    takes = inspect.signature(model.forward).parameters
-    main = getattr(model, "main_input_name", None)
-    if not hasattr(model, "config") or main not in ("input_ids", "pixel_values"):
-        raise FormatError(f"{type(model).__name__} does not say what its inputs are; give graph(model, opset, batch) two rows of them, by name")
-    if main == "pixel_values":
-        channels, height, width = images(model)
-        return {main: torch.zeros(2, channels, height, width if _sized(model) else 2 * width)}      # equal sides would be taken for a law
-    ids = torch.arange(16).view(2, 8) % model.config.vocab_size
-    values = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-    return {name: values[name] for name in TEXT if name in takes}
 
 
 class _Whole(nn.Module):
@@ -166,16 +146,11 @@ def signal(quantizer: Quantizer, address: str) -> Signal:
     return Signal(quantizer.quant, *(None if t is None else t.detach().squeeze(-1) for t in place))
 
 
-def _sized(model: Any) -> bool:
-    """Whether the model sees images of one size only."""
-    return getattr(getattr(model, "config", None), "image_size", None) is not None
-
-
 def _open(model: nn.Module, x: Tensor) -> dict[int, str]:
     """Axis -> name, of what the graph leaves open."""
     if not x.is_floating_point():
         return {0: "batch", 1: "tokens"}
-    return {0: "batch", 2: "height", 3: "width"} if x.dim() == 4 and not _sized(model) else {0: "batch"}
+    return {0: "batch", 2: "height", 3: "width"} if x.dim() == 4 and not sized(model) else {0: "batch"}
 
 
 def _rename(found: Any, whole: nn.Module) -> None:

@@ -38,7 +38,7 @@ from ..core.error import CheckpointError, RuleError
 from ..core.noun import Noun, from_json
 from ..export import target as find_target
 from ..layers.packed import Packed
-from . import artefact, inner, trainable
+from . import artefact, fold, inner, trainable
 from .rules import Rule, of_scheme, quantize
 
 
@@ -48,7 +48,8 @@ class QatlasConfig(QuantizationConfigMixin):
 
     rules: a bit string such as "w2a8-g64", or a list of `Rule`s. target: the format for which the model is trained, such as "gguf:q4_0".
     The rest is written by `save_pretrained`: version, dtype (of what is not quantized), layers (name -> meta, of a packed model), trainable (the
-    same, of one in training), full (names that stay in full precision), signals (address -> meta of a quantizer inside attention).
+    same, of one in training), full (names that stay in full precision), signals (address -> meta of a quantizer inside attention), folded (batch norm
+    -> the layer that it was folded into).
 
     Raises:
         CheckpointError: another method or version, or fields that this version does not know. QuantError, RuleError: rules that are none.
@@ -60,7 +61,8 @@ class QatlasConfig(QuantizationConfigMixin):
 
     def __init__(self, rules: str | Sequence[Any] = (), target: str | None = None, *, quant_method: str = artefact.METHOD,
                  version: int = artefact.VERSION, dtype: str = "float32", layers: Mapping[str, Any] | None = None,
-                 trainable: Mapping[str, Any] | None = None, full: Sequence[str] = (), signals: Mapping[str, Any] | None = None, **rest: Any) -> None:
+                 trainable: Mapping[str, Any] | None = None, full: Sequence[str] = (), signals: Mapping[str, Any] | None = None,
+                 folded: Mapping[str, str] | None = None, **rest: Any) -> None:
         if quant_method != artefact.METHOD:
             raise CheckpointError(f"quant_method is {quant_method!r}, not 'qatlas': another library quantized this model; load it with that one")
         if version != artefact.VERSION or rest:
@@ -70,6 +72,7 @@ class QatlasConfig(QuantizationConfigMixin):
         self.version, self.dtype, self.target = version, dtype, target
         self.rules = rules if isinstance(rules, str) else [plain(rule) for rule in rules]
         self.layers, self.trainable, self.signals, self.full = dict(layers or {}), dict(trainable or {}), dict(signals or {}), list(full)
+        self.folded = dict(folded or {})
         if not (self.rules or self.layers or self.trainable):
             raise CheckpointError("quantization_config has no layers and no rules: the model would load without a single quantized tensor. "
                                   'Save it again; to quantize one, write QatlasConfig("w4-g32")')
@@ -95,7 +98,7 @@ class QatlasConfig(QuantizationConfigMixin):
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        quiet = ("signals", "trainable", "full", "target", "layers")
+        quiet = ("signals", "trainable", "full", "target", "layers", "folded")
         return {name: value for name, value in super().to_dict().items() if name not in quiet or value}
 
     def __repr__(self) -> str:
@@ -139,6 +142,7 @@ class Loader(HfQuantizer):
             return
         packed, said = config.form == "packed", config.layers or config.trainable
         whole = type(model).__name__ in (model.config.architectures or [type(model).__name__])
+        fold.blank(model, config.folded if whole else _renamed(model, config.folded))
         layers = (artefact if packed else trainable).rebuild(model, said if whole else _renamed(model, said))
         inner.put(model, inner.blank(model, config.signals if whole else _renamed(model, config.signals)))
         if checkpoint_files and whole:
@@ -209,7 +213,7 @@ def rules_of(model: nn.Module) -> list[Any]:
 def in_training(model: nn.Module, target: str | None = None) -> QatlasConfig:
     """The quantization_config of a model with trainable layers."""
     return QatlasConfig(rules_of(model), target, trainable=trainable.metas(model), full=sorted(getattr(model, "qatlas_full", ())),
-                        signals=inner.metas(model))
+                        signals=inner.metas(model), folded=fold.folded(model))
 
 
 def _serve(layer: Any, dtype: torch.dtype) -> None:
@@ -221,14 +225,17 @@ def _serve(layer: Any, dtype: torch.dtype) -> None:
             setattr(layer, name, nn.Parameter(value.detach().to(dtype), requires_grad=value.requires_grad))
 
 
-def _renamed(model: Any, layers: Mapping[str, Any]) -> dict[str, Any]:
-    """The layers under the names of another class over the same body (AutoModel of a causal model): those that it has."""
+def _renamed(model: Any, said: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of layers under the names of another class over the same body (AutoModel of a causal model): of those that it has."""
     prefix, modules = f"{model.base_model_prefix}.", dict(model.named_modules())
-    names = {name: next((n for n in (name, name.removeprefix(prefix), prefix + name) if n.partition(":")[0] in modules), None) for name in layers}
-    out = {}
-    for name, meta in layers.items():
-        if (new := names[name]) is not None:
-            out[new] = {k: names[v] if k in ("same", "tied") else v for k, v in meta.items()}
+
+    def here(name: str) -> str | None:
+        return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n.partition(":")[0] in modules), None)
+
+    out: dict[str, Any] = {}
+    for name, meta in said.items():
+        if (new := here(name)) is not None:
+            out[new] = here(meta) if isinstance(meta, str) else {k: here(v) if k in ("same", "tied") else v for k, v in meta.items()}
     return out
 
 
@@ -262,7 +269,8 @@ def config_of(model: nn.Module, layers: Mapping[str, Any], rules: Any = ()) -> Q
     kinds = [p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in inside and p.dtype != torch.float64]
     answers = [layer.answer for layer in layers.values() if getattr(layer, "answer", None)]
     kind = (kinds or answers or [torch.float32])[0]
-    return QatlasConfig(rules, dtype=str(kind).removeprefix("torch."), layers=artefact.metas(layers), signals=inner.metas(model))
+    return QatlasConfig(rules, dtype=str(kind).removeprefix("torch."), layers=artefact.metas(layers), signals=inner.metas(model),
+                        folded=fold.folded(model))
 
 
 def adopt(model: Any, config: QatlasConfig) -> None:

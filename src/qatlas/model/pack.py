@@ -26,7 +26,7 @@ from ..core.error import CheckpointError, QuantError, foreign
 from ..core.qtensor import QTensor
 from ..export.checkpoint import TOKENIZER, Checkpoint, appearing
 from ..layers.packed import Packed
-from . import artefact, hub, inner
+from . import artefact, fold, hub, inner
 
 
 def pack(model: nn.Module) -> nn.Module:
@@ -145,10 +145,15 @@ def load_into(model: nn.Module, path: Path | str) -> nn.Module:
         raise CheckpointError(f"{path} holds a model in training (masters and scales); from_pretrained or qatlas.model.load.load builds it. "
                               "load_into fills a model with packed layers: save(model, path) writes them")
     files = _files(path)
-    layers = artefact.rebuild(model, config.layers)
-    inside = inner.blank(model, config.signals)
-    want = artefact.expected(model, layers) | inner.expected(inside)
-    artefact.check(want, artefact.header(files), path)
+    undo = fold.blank(model, config.folded)
+    try:
+        layers = artefact.rebuild(model, config.layers)
+        inside = inner.blank(model, config.signals)
+        want = artefact.expected(model, layers) | inner.expected(inside)
+        artefact.check(want, artefact.header(files), path)
+    except CheckpointError:
+        undo()
+        raise
     state = {name: tensor for file in files for name, tensor in load_file(file).items()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     shared = {name: tensor for name, tensor in state.items() if not _inside(name, layers)}

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.error import QuantError
+from ..core.error import FormatError, QuantError
+from ..core.quantizer import Quantizer
+
+TEXT = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
@@ -39,6 +42,36 @@ def images(model: Any) -> tuple[int, int, int]:
     return getattr(model.config, "num_channels", 3), height, width
 
 
+def inputs(model: Any) -> dict[str, Tensor]:
+    """Two rows of what a transformers model takes, by name.
+
+    Raises:
+        FormatError: a module that does not say what it takes.
+    """
+    takes = inspect.signature(model.forward).parameters
+    main = getattr(model, "main_input_name", None)
+    if not hasattr(model, "config") or main not in ("input_ids", "pixel_values"):
+        raise FormatError(f"{type(model).__name__} does not say what its inputs are; give two rows of them as `batch`, by name")
+    if main == "pixel_values":
+        channels, height, width = images(model)
+        return {main: torch.zeros(2, channels, height, width if sized(model) else 2 * width)}      # equal sides would be taken for a law
+    ids = torch.arange(16).view(2, 8) % model.config.vocab_size
+    values = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    typed = getattr(model.config, "type_vocab_size", 0)           # GPT-2 looks token types up among its words: type 0 is not "no type" there
+    return {name: values[name] for name in TEXT if name in takes and (typed or name != "token_type_ids")}
+
+
+def sized(model: Any) -> bool:
+    """Whether the model sees images of one size only."""
+    return getattr(getattr(model, "config", None), "image_size", None) is not None
+
+
+def drawn(model: Any) -> dict[str, Tensor]:
+    """The same with random pixels, since zeros hide much."""
+    draw = torch.Generator().manual_seed(0)
+    return {name: torch.randn(x.shape, generator=draw) if x.is_floating_point() else x for name, x in inputs(model).items()}
+
+
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Inside, forwards may change buffers, modes and random numbers; outside nothing has happened."""
@@ -54,6 +87,23 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(kept[name])
             for module, mode in modes:
                 module.training = mode
+
+
+@torch.no_grad()
+def output(model: nn.Module, batch: Any) -> Tensor:
+    """The logits, or the first thing that a model gives, in double precision; in eval mode, all quantizers off."""
+    on = [module for module in model.modules() if isinstance(module, Quantizer) and module.on]
+    for quantizer in on:
+        quantizer.on = False
+    try:
+        with undisturbed(model):
+            model.eval()
+            out = forward(model, batch)
+    finally:
+        for quantizer in on:
+            quantizer.on = True
+    out = out if isinstance(out, Tensor) else out.logits if hasattr(out, "logits") else out[0]
+    return out.detach().double()
 
 
 @torch.no_grad()

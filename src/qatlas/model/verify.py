@@ -8,12 +8,13 @@
                          (a format that says how inputs are quantized: the model itself, loaded by transformers, with everything on; within TIES
                          where the format says that its layers quantize inputs in another order of operations)
     onnxruntime          a file that holds the whole computation: the logits of the trained model, within TIES or SUMS of the largest
+    OpenVINO             the same file: every weight bit for bit by its reading, and the same logits, where it is installed and reads such a file
     the engine           llama.cpp itself: close, not equal, since it rounds the inputs of every product in its own way (see export.gguf.llamacpp)
 
-All others are equalities: a single bit is a failure. onnxruntime sums in another order, and where activations are quantized a value within the
-last bit of a tie falls on the other side; its optimizations are off (see export.onnx). The engine is stated as the largest difference of a
-log-probability among the ten most probable tokens, and as the share of prompts on which both sides choose the same token. A file that
-cannot be read any more is a proof that failed.
+All but logits of engines are equalities: a single bit is a failure. onnxruntime and OpenVINO sum in another order, and where activations are
+quantized a value within the last bit of a tie falls on the other side; onnxruntime's optimizations are off (see export.onnx). The engine is stated as
+the largest difference of a log-probability among the ten most probable tokens, and as the share of prompts on which both sides choose the same
+token. A file that cannot be read any more is a proof that failed.
 """
 
 from __future__ import annotations
@@ -150,8 +151,8 @@ def _export(model: nn.Module, target: str, path: Path, asked: list[Tensor]) -> l
         proofs.append(_bare(model, target, path, form.logits, asked))
     if first.passed and hasattr(form, "model"):
         proofs.append(_loaded(model, target, path, form, asked))
-    if first.passed and hasattr(form, "answers"):
-        proofs.append(_computed(model, target, path, form.answers, asked, left_out))
+    for engine in getattr(form, "ENGINES", ()) if first.passed else ():
+        proofs += _engines(model, target, path, engine, asked, left_out)
     if first.passed and hasattr(form, "engine"):
         proofs.append(_engine(model, target, path, form.engine, asked))
     return proofs
@@ -212,7 +213,25 @@ def _weights(model: nn.Module, target: str, found: dict[str, Tensor], types: Map
     return Proof(f"{target} holds the trained weights", READER, not wrong, result)
 
 
-def _computed(model: nn.Module, target: str, path: Path, ask: Any, asked: list[Tensor], left_out: Sequence[str]) -> Proof:
+def _engines(model: nn.Module, target: str, path: Path, engine: Any, asked: list[Tensor], left_out: Sequence[str]) -> list[Proof]:
+    """What one engine makes of a file with the whole computation; the first is the public reader, whose weights are proved already."""
+    form, _ = find_target(target)
+    claim = f"{target} holds the trained weights"
+    if why := engine.why_not(path):
+        return [Proof(claim, engine.NAME, None, why, "")]
+    weights = []
+    if engine is not form.ENGINES[0]:
+        try:
+            weights = [_weights(model, target, form.read(path, engine), {}, form.unused(path)[0])]
+        except QatlasError as error:
+            weights = [Proof(claim, engine.NAME, False, str(error))]
+        weights[0].reader = engine.NAME
+        if not weights[0].passed:
+            return weights
+    return [*weights, _computed(model, target, path, engine, asked, left_out)]
+
+
+def _computed(model: nn.Module, target: str, path: Path, engine: Any, asked: list[Tensor], left_out: Sequence[str]) -> Proof:
     bare = f"with its inputs in full precision: the target leaves {len(left_out)} quantizers out"
     claim = f"{target} computes what the trained model computes" + (f", {bare}" if left_out else "")
     quantized = not left_out and any(q.on for q in _activations(model))
@@ -221,14 +240,17 @@ def _computed(model: nn.Module, target: str, path: Path, ask: Any, asked: list[T
     with _inputs_off(model) if left_out else contextlib.nullcontext():
         ours = _answers(model, asked)
     try:
-        theirs = ask(path, asked)
+        with foreign(f"{engine.NAME} cannot run {path}"):
+            theirs = find_target(target)[0].answers(path, asked, engine)
     except QatlasError as error:
-        return Proof(claim, "onnxruntime", False, str(error), tolerance)
-    return Proof(claim, "onnxruntime", *_close(ours, theirs, limit), tolerance)
+        return Proof(claim, engine.NAME, False, str(error), tolerance)
+    return Proof(claim, engine.NAME, *_close(ours, theirs, limit), tolerance)
 
 
 def _close(ours: Tensor, theirs: Tensor, limit: float) -> tuple[bool, str]:
     """Whether logits differ by no more than a share of the largest one, and by how much they do."""
+    if ours.shape != theirs.shape:
+        return False, f"logits of shape {tuple(theirs.shape)}, ours are {tuple(ours.shape)}"
     off, most = float((ours - theirs).abs().max()), float(ours.abs().max())
     same = int((ours.argmax(-1) == theirs.argmax(-1)).sum())
     result = f"logits within {off:.1e}, the largest being {most:.2g}; the same first answer on {same} of {len(ours)} inputs"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,9 @@ from torch import Tensor
 from ...core.error import FormatError, foreign
 from ...core.qtensor import QTensor
 from ..checkpoint import DOMAIN, Checkpoint, appearing, vacant
-from .fitting import ONLY, OPSETS, SCHEMES, kind, known, why_not, why_not_signal
-from .runtime import session
+from . import nbits, runtime, weights
+from .fitting import NBITS, ONLY, OPSETS, SCHEMES, ints, kind, known, why_not, why_not_signal
 from .signals import address, drop, lower, marks
-from .weights import place
 
 LIMIT = 2**31 - 1                                                 # bytes of a protobuf message
 OURS = {"DequantizeLinear": ".dequantize", "Reshape": ".reshape"}   # what weights.py writes; a file may hold any other node under these names
@@ -71,7 +71,8 @@ def plan(checkpoint: Checkpoint, target: str) -> dict[str, str]:
     known(target)
     _needs("onnxscript", "onnxruntime")
     _refuse({name: why_not(t, target) for name, t in checkpoint.tensors.items() if not isinstance(t, Tensor)}, target, _scheme(target))
-    return {name: "FLOAT" if isinstance(t, Tensor) else kind(t.grid, target, torch.empty(0) if t.zero is None else t.zero).name  # type: ignore
+    return {name: "FLOAT" if isinstance(t, Tensor) else
+            kind(t.grid, target, torch.empty(0) if t.zero is None else t.zero, len(t.shape) == 2).name  # type: ignore[union-attr]
             for name, t in checkpoint.tensors.items()}
 
 
@@ -92,7 +93,7 @@ def check(checkpoint: Checkpoint, target: str) -> None:
 
 
 def _scheme(target: str) -> str:
-    return f"nearest scheme: {SCHEMES[target.removesuffix(ONLY)]}"
+    return f"nearest scheme: {SCHEMES[ints(target)]}"
 
 
 def _refuse(faults: dict[str, str | None], target: str, instead: str) -> None:
@@ -114,7 +115,7 @@ def rewritten(checkpoint: Checkpoint, target: str) -> Any:
         drop(graph, mark) if left else lower(graph, mark, signals[address(mark)])
     for name, tensor in checkpoint.tensors.items():
         if isinstance(tensor, QTensor) and name not in unused:
-            place(graph, name, tensor, target)
+            (nbits if NBITS in target and nbits.products(graph, name) else weights).place(graph, name, tensor, target)
     model.opset_imports.pop(DOMAIN, None)
     graph.opset_imports.pop(DOMAIN, None)
     for initializer in [value for value in graph.initializers.values() if not value.uses() and not value.is_graph_output()]:
@@ -125,18 +126,20 @@ def rewritten(checkpoint: Checkpoint, target: str) -> Any:
     return model
 
 
-def read(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file of ours under their names, fp32 where they are quantized: as onnxruntime's own DequantizeLinear gives them.
+def read(path: str | Path, engine: Any = runtime) -> dict[str, Tensor]:
+    """The tensors of a file of ours under their names, fp32 where they are quantized: as an engine's own DequantizeLinear or MatMulNBits has them.
+
+    engine: one of ENGINES.
 
     Raises:
-        FormatError: no file, a truncated or foreign one.
+        FormatError: no file, a truncated or foreign one, or one that the engine does not take.
     """
     proto = _open(path)
     with foreign(f"{path} is no whole ONNX file; write it anew"):
-        return _read(proto)
+        return _read(proto, engine)
 
 
-def _read(proto: Any) -> dict[str, Tensor]:
+def _read(proto: Any, engine: Any) -> dict[str, Tensor]:
     import onnx
     from onnx import helper
 
@@ -144,14 +147,30 @@ def _read(proto: Any) -> dict[str, Tensor]:
     nodes = [node for node in proto.graph.node if node.op_type in OURS and node.name.endswith(OURS[node.op_type])]
     nodes = [node for node in nodes if all(name in plain for name in node.input[1:])]
     nodes = [node for node in nodes if node.input[0] in plain or any(node.input[0] in other.output for other in nodes)]
-    inner = {name for node in nodes for name in node.input}
+    products = {node.input[1]: node for node in proto.graph.node if node.op_type == nbits.OP}
+    inner = {name for node in nodes for name in node.input} | {name for node in products.values() for name in node.input[1:]}
     outs = [name for node in nodes for name in node.output if name not in inner]
     floats = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outs]
-    small = helper.make_graph(nodes, "weights", [], floats, [plain[name] for name in inner if name in plain])
-    runs = session(helper.make_model(small, opset_imports=proto.opset_import, ir_version=proto.ir_version).SerializeToString())
-    values = zip(outs, (torch.from_numpy(value) for value in runs.run(None, {})), strict=True) if outs else ()
+    used = [plain[name] for node in nodes for name in node.input if name in plain]
+    small = helper.make_graph(nodes, "weights", [], floats, list({t.name: t for t in used}.values()))
+    opsets = [entry for entry in proto.opset_import if entry.domain == ""]
+    ask = engine.start(helper.make_model(small, opset_imports=opsets, ir_version=proto.ir_version).SerializeToString()) if outs else None
+    values = zip(outs, map(torch.from_numpy, ask({})), strict=True) if ask else ()
     out = {name.removesuffix(".T"): value.T.contiguous() if name.endswith(".T") else value for name, value in values}
+    out |= {name.removesuffix(".codes"): nbits.weight(node, plain, engine.start) for name, node in products.items()}
     return out | {name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for name, t in plain.items() if name not in inner}
+
+
+def types(path: str | Path) -> dict[str, int]:
+    """How many quantized weights of which type."""
+    proto = _open(path)
+    import onnx
+
+    kinds = {t.name: t.data_type for t in proto.graph.initializer}
+    found = {node.input[1]: f"{nbits.OP} of {next(a.i for a in node.attribute if a.name == 'bits')} bits"
+             for node in proto.graph.node if node.op_type == nbits.OP}
+    found |= {node.input[0]: onnx.TensorProto.DataType.Name(kinds[node.input[0]]) for node in proto.graph.node if node.name.endswith(".dequantize")}
+    return dict(sorted(Counter(found.values()).items()))
 
 
 def unused(path: str | Path) -> tuple[list[str], list[str]]:

@@ -13,6 +13,9 @@ Steps are trained in fp32, fp16 or less, and fp32 holds them all.
 An activation is quantized by QuantizeLinear, clamp(round(x / s) + z), with a constant s. So its step must be static, and its grid the integers.
 Fewer than 8 bits are told by a Clip in front of an 8-bit QuantizeLinear, which more engines read than activations of 4 bits. (We round x / s + z,
 QuantizeLinear x / s alone: with an odd zero an exact tie falls on the other side.)
+
+MatMulNBits stands for the same s (q - z) of a matrix, with one step for each block of 16 to 256 inputs (nbits.py). Under a -matmulnbits target every
+matrix is held to that; what becomes no such product lies in DequantizeLinear, in 4 or 8 bits, so that the file keeps to opset 21.
 """
 
 from __future__ import annotations
@@ -22,18 +25,20 @@ from typing import Any, NamedTuple
 import torch
 
 from ...core.error import FormatError, QuantError, unknown
-from ...core.grain import Group, PerChannel, PerTensor
+from ...core.grain import Block, Grain, Group, PerChannel, PerTensor
 from ...core.grid import Grid, Ternary, Uniform
 from ...core.quantizer import Quant
 from ...core.scale import AbsMax, AbsMean
 from ..checkpoint import Signal
 
 BITS = {"int8": (8,), "int4": (4, 8), "int2": (2, 4, 8)}
+NBITS = "-matmulnbits"                                            # the middle of a target whose products are MatMulNBits
 ONLY = "-weights"                                                 # the end of a target that leaves the quantizers of activations out
+BLOCKS, LEVEL = (256, 128, 64, 32, 16), 1                         # of MatMulNBits: block sizes; the accuracy level, fp32
 _OWN: dict[str, Quant | None] = {"int8": Quant(Uniform(8), PerChannel(), AbsMax()), "int4": Quant(Uniform(4), Group(32), AbsMax()),
                                  "int2": Quant(Ternary(), PerChannel(), AbsMean())}
-TARGETS: dict[str, Quant | None] = {f"{name}{end}": quant for name, quant in _OWN.items() for end in ("", ONLY)}
-OPSETS = {name: 25 if name.startswith("int2") else 21 for name in TARGETS}
+TARGETS: dict[str, Quant | None] = {f"{name}{end}": quant for name, quant in _OWN.items() for end in ("", ONLY, NBITS, NBITS + ONLY)}
+OPSETS = {name: 25 if name in ("int2", f"int2{ONLY}") else 21 for name in TARGETS}
 SCHEMES = {"int8": "w8", "int4": "w4-g32", "int2": "w1.58"}
 TIMES = tuple(2**i for i in range(8))
 NORMAL = 2.0**-118                                                # from here up, dividing an fp32 number by k is exact
@@ -68,7 +73,7 @@ def fit(quant: Quant, target: str, shape: tuple[int, ...], body: bool = True) ->
     able = [name for name in TARGETS if why_not(quant, name, shape) is None]
     raise FormatError(f"onnx:{target} cannot hold a tensor of shape {tuple(shape)} under {quant.grid}, {quant.grain}: {reason}.\n"
                       f"  targets that hold these numbers: {', '.join(f'onnx:{name}' for name in able) or 'none'}; "
-                      f"nearest scheme for onnx:{target}: {SCHEMES[target.removesuffix(ONLY)]}")
+                      f"nearest scheme for onnx:{target}: {SCHEMES[ints(target)]}")
 
 
 def why_not(tensor: Any, target: str, shape: tuple[int, ...] | None = None) -> str | None:
@@ -89,27 +94,52 @@ def why_not(tensor: Any, target: str, shape: tuple[int, ...] | None = None) -> s
     zeros = _zeros(tensor)
     if zeros is None:
         return "a float offset has no place in DequantizeLinear; take MinMax(zero=\"integer\"), or a scale without one, such as AbsMax()"
-    found = kind(tensor.grid, target, zeros)
+    found = kind(tensor.grid, target, zeros, product=len(shape) == 2)
     if found is None:
-        return f"the values of {tensor.grid} are not integers of {BITS[target.removesuffix(ONLY)][-1]} bits, nor those over a power of two" + (
+        return f"the values of {tensor.grid} are not integers of {BITS[ints(target)][-1]} bits, nor those over a power of two" + (
             "" if zeros.numel() == 0 else f", with a zero between {float(zeros.min()):g} and {float(zeros.max()):g}")
     try:
         tensor.grain.scale_shape(shape)
     except QuantError as error:
         return str(error)
+    if NBITS in target and len(shape) == 2 and width(tensor.grain, shape[1]) is None:
+        return (f"{tensor.grain} has no place in MatMulNBits, whose steps serve blocks of 16 inputs or a multiple of that; take a group of 16, "
+                "32, 64, 128 or 256, or one step a channel")
     if not isinstance(tensor, Quant) and found.times > 1 and bool((tensor.steps.abs() < NORMAL).any()):
         return f"a step below {NORMAL:.0e} divided by {found.times} is no exact fp32 number"
     return None
 
 
-def kind(grid: Grid, target: str, zeros: torch.Tensor) -> Kind | None:
-    """The smallest type of the target that holds the grid and its zeros; None where there is none.
+def ints(target: str) -> str:
+    """The integers that a target names.
+
+    >>> ints("int4-matmulnbits-weights")
+    'int4'
+    """
+    return target.partition("-")[0]
+
+
+def width(grain: Grain, inputs: int) -> int | None:
+    """The largest block of MatMulNBits that never spans two steps, of a matrix with so many inputs; None where there is none.
+
+    >>> width(Group(96), 192), width(PerChannel(), 192), width(PerChannel(), 24), width(Group(8), 192)
+    (32, 64, 16, None)
+    """
+    if isinstance(grain, PerTensor) or grain == PerChannel():
+        return next((block for block in BLOCKS if inputs % block == 0), BLOCKS[-1])
+    size = grain.size if isinstance(grain, Group) else grain.cols if isinstance(grain, Block) else 1
+    return next((block for block in BLOCKS if size % block == 0), None)
+
+
+def kind(grid: Grid, target: str, zeros: torch.Tensor, product: bool = False) -> Kind | None:
+    """The smallest type of the target that holds the grid and its zeros; None where there is none. product: of a matrix that is multiplied with.
 
     >>> kind(Uniform(3), "int4", torch.empty(0)), kind(Uniform(4, False), "int8", torch.empty(0))
     (Kind(bits=4, signed=True, times=1), Kind(bits=8, signed=True, times=1))
     """
     values = torch.cat([grid.values().float().cpu(), zeros.float().flatten().cpu()])
-    for bits in BITS[target.removesuffix(ONLY)]:
+    few = not product and NBITS in target                         # INT2 needs opset 25
+    for bits in (bits for bits in BITS[ints(target)] if bits > 2 or not few):
         for signed in (True, False):
             low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
             for k in TIMES:

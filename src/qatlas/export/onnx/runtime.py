@@ -1,15 +1,39 @@
-"""onnxruntime, as the reader of our files. Optimizations are off: by default it fuses DequantizeLinear with the product behind it into kernels that
-round activations to 8 bits, or that saturate where a chip lacks VNNI, and then it does not compute what the file says."""
+"""onnxruntime, as a reader of our files. Optimizations are off: by default it fuses DequantizeLinear with the product behind it into kernels that
+round activations to 8 bits, or that saturate where a chip lacks VNNI, and then it does not compute what the file says.
+
+`answers` asks any engine. An engine is a module with a NAME, `why_not` (a sentence on why it cannot be asked about a file, or None) and `start`
+(a model -> a function from inputs by name to outputs in order): this one, and openvino.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ...core.error import FormatError
+
+NAME = "onnxruntime"
+Ask = Callable[[dict[str, Any]], list[Any]]
+
+
+def why_not(path: str | Path) -> str | None:
+    """It reads all that we write; without it `read` has failed before."""
+    return None
+
+
+def start(model: str | bytes, optimized: bool = False) -> Ask:
+    """What runs a model: inputs by name -> outputs in order; also `.inputs`, their names."""
+    runs = session(model, optimized)
+
+    def ask(feed: dict[str, Any]) -> list[Any]:
+        try:
+            return list(runs.run(None, feed))
+        except Exception as error:
+            raise FormatError(f"onnxruntime cannot run {_called(model)}: {str(error).strip().splitlines()[0]}") from None
+
+    ask.inputs = [given.name for given in runs.get_inputs()]  # type: ignore[attr-defined]
+    return ask
 
 
 def session(model: str | bytes, optimized: bool = False) -> Any:
@@ -32,27 +56,5 @@ def session(model: str | bytes, optimized: bool = False) -> Any:
         raise FormatError(f"onnxruntime cannot load this file: {str(error).strip().splitlines()[0]}") from None
 
 
-def answers(path: str | Path, asked: list[Tensor], optimized: bool = False) -> Tensor:
-    """(rows, vocabulary or classes) fp32: what onnxruntime computes for each input, of a language model after its last token.
-
-    asked: ids (rows, tokens) or pixels; the mask of a sentence is all ones, its type 0.
-
-    Raises:
-        FormatError: a file that onnxruntime cannot run.
-    """
-    if not Path(path).is_file():
-        raise FormatError(f"there is no ONNX file {path}")
-    runs = session(str(path), optimized)
-    names = [given.name for given in runs.get_inputs()]
-    out = []
-    for rows in asked:
-        more = {"attention_mask": torch.ones_like(rows), "token_type_ids": torch.zeros_like(rows)}
-        if missing := [name for name in names[1:] if name not in more]:
-            raise FormatError(f"{path} takes {', '.join(names)}; nobody knows what {missing[0]} would be")
-        feed = {name: rows if i == 0 else more[name] for i, name in enumerate(names)}
-        try:
-            found = torch.from_numpy(runs.run(None, {name: value.numpy() for name, value in feed.items()})[0])
-        except Exception as error:
-            raise FormatError(f"onnxruntime cannot run {path}: {str(error).strip().splitlines()[0]}") from None
-        out.append(found[:, -1] if found.dim() == 3 else found)
-    return torch.cat(out)
+def _called(model: str | bytes) -> str:
+    return model if isinstance(model, str) else "these weights"
