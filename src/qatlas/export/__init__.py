@@ -19,6 +19,9 @@ and where they make sense
     logits       file, prompts -> what transformers computes with the file's weights, inputs in full precision
     model        artefact -> the transformers model that it loads as, inputs quantized, or a sentence on why not
     engine       file, prompts -> what an engine says, or a sentence on why it was not asked
+    holds        path -> True where an artefact, also one of others, is of this format, by its config or first bytes alone
+    qtensors     artefact, also one of others -> {Hugging Face name: QTensor | Tensor}, bit for bit what the format's decode gives: where training
+                 can start again. The file is not believed: wrong lengths, shapes and indices are a FormatError before memory is asked for
 
 It is found by listing this folder: `target("gguf:q4_0")` is the module gguf and its target q4_0. There is no registry.
 """
@@ -33,6 +36,7 @@ from types import ModuleType
 from ..core.error import FormatError, unknown
 from .checkpoint import Checkpoint
 
+SHARED = ("checkpoint", "directory", "grouped", "integers")       # what formats have in common
 __all__ = ["Checkpoint", "files", "formats", "named", "place", "target", "targets"]
 
 
@@ -42,7 +46,7 @@ def formats() -> list[str]:
     >>> "gguf" in formats()
     True
     """
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__) if module.name != "checkpoint")
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__) if module.name not in SHARED)
 
 
 def targets() -> list[str]:

@@ -1,18 +1,13 @@
 """Writing the directory: model.safetensors, config.json with `quantization_config`, the tokenizer's files.
 
-The class that the config names is built empty (without memory for weights), which is what a reader does: so a name that it does not know, a tensor
-that is missing and a layer that is no nn.Linear are refused here and not met there, and `ignore` lists every nn.Linear that is not quantized.
+`ignore` lists every nn.Linear that is not quantized, since the model is built empty here as a reader does it (../directory.py).
 
 Layers of one kind, group and symmetry are one config group. One group alone has the target "Linear", several have their layers' names. Tensors in
-full precision are stored in bf16 or fp16 where that holds every value, else in fp32. The directory appears whole or not at all, and never replaces
-another.
+full precision are stored in bf16 or fp16 where that holds every value, else in fp32.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +16,11 @@ from torch import Tensor, nn
 
 from ...core.error import FormatError
 from ...core.qtensor import QTensor
-from ..checkpoint import TOKENIZER, Checkpoint
+from ..checkpoint import Checkpoint
+from ..directory import check_names, free, make, plain, skeleton
 from .fitting import NAME, TARGETS, kind_of, why_not
 from .kinds import KINDS
-from .layout import Stored, narrow, store
+from .layout import Stored, store
 
 
 def plan(checkpoint: Checkpoint, target: str) -> dict[str, str]:
@@ -34,8 +30,8 @@ def plan(checkpoint: Checkpoint, target: str) -> dict[str, str]:
         FormatError: an architecture that transformers cannot build, tensors that are not its, a tensor that the target cannot hold.
     """
     why_not(TARGETS["w4a16"], target, (1, 128))                   # an unknown target
-    modules = skeleton(checkpoint.config)
-    _check_names(modules, checkpoint)
+    modules = skeleton(checkpoint.config, NAME)
+    check_names(modules, checkpoint)
     out = {}
     for name, tensor in checkpoint.tensors.items():
         layer = name.removesuffix(".weight")
@@ -67,11 +63,7 @@ def write(checkpoint: Checkpoint, path: str | Path, target: str) -> Path:
     Raises:
         FormatError: what cannot be expressed (see `plan`), or something that is in the way. Then nothing is left behind.
     """
-    from safetensors.torch import save_file
-
-    path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FormatError(f"{path} exists; remove it or choose another name")
+    path = free(path)
     kinds = plan(checkpoint, target)
     if set(kinds.values()) <= {"full"}:
         raise FormatError(f"no layer is quantized, so there is nothing that {NAME} could say of this model")
@@ -83,59 +75,9 @@ def write(checkpoint: Checkpoint, path: str | Path, target: str) -> Path:
             stored[layer] = store(tensor, KINDS[kinds[name]])
             tensors |= {f"{layer}.{part}": value for part, value in stored[layer].tensors.items()}
         else:
-            tensors[name] = _plain(tensor)
+            tensors[name] = plain(tensor)
     config = _config(checkpoint, stored, {name.removesuffix(".weight"): kind for name, kind in kinds.items() if kind != "full"})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir()
-        save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
-        (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for file in (checkpoint.tokenizer / name for name in (*TOKENIZER, "generation_config.json")) if checkpoint.tokenizer else ():
-            if file.is_file():
-                shutil.copyfile(file, aside / file.name)
-        for file in aside.iterdir():
-            with file.open("rb+") as written:
-                os.fsync(written.fileno())
-        os.rename(aside, path)                                    # fails where a directory with anything in it is in the way
-    except OSError as error:
-        if path.exists():
-            raise FormatError(f"{path} exists; remove it or choose another name") from error
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return path
-
-
-def skeleton(config: dict[str, Any]) -> dict[str, nn.Module]:
-    """Name -> module of the model that a reader will build, without memory for its weights.
-
-    Raises:
-        FormatError: a config that names no class of transformers.
-    """
-    import transformers
-
-    kind, names = str(config.get("model_type")), config.get("architectures") or []
-    cls = getattr(transformers, names[0], None) if names else None
-    if cls is None or kind not in transformers.CONFIG_MAPPING:
-        raise FormatError(f"{NAME} holds models that transformers can build, and knows no {names[0] if names else 'class'} of type {kind!r}")
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    with torch.device("meta"):
-        return dict(cls(transformers.CONFIG_MAPPING[kind].from_dict(plain)).named_modules())
-
-
-def _check_names(modules: dict[str, nn.Module], checkpoint: Checkpoint) -> None:
-    """Refuse tensors that are not those of the model: of those that are tied one is enough, and before training buffers are not asked for."""
-    ties = getattr(modules[""], "all_tied_weights_keys", None) or {}
-    state, have = modules[""].state_dict(), set(checkpoint.tensors)
-    twins = {a: {b for pair in ties.items() for b in pair if a in pair} for a in state}
-    missing = sorted(name for name, _ in modules[""].named_parameters() if name not in have and not twins[name] & have)
-    extra = sorted(have - set(state))
-    wrong = sorted(name for name in have & set(state) if tuple(checkpoint.tensors[name].shape) != tuple(state[name].shape))
-    if missing or extra or wrong:
-        raise FormatError(f"the tensors are not those of {type(modules['']).__name__}: missing {', '.join(missing[:4]) or 'none'}; "
-                          f"unknown {', '.join(extra[:4]) or 'none'}; of another shape {', '.join(wrong[:4]) or 'none'}")
+    return make(path, tensors, {"config.json": config}, checkpoint)
 
 
 def _config(checkpoint: Checkpoint, stored: dict[str, Stored], kinds: dict[str, str]) -> dict[str, Any]:
@@ -143,7 +85,7 @@ def _config(checkpoint: Checkpoint, stored: dict[str, Stored], kinds: dict[str, 
     groups: dict[tuple[str, int | None, bool], list[str]] = {}
     for layer, kind in kinds.items():
         groups.setdefault((kind, _size(layer, kinds, stored), stored[layer].symmetric), []).append(layer)
-    linear = [name for name, module in skeleton(checkpoint.config).items() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in skeleton(checkpoint.config, NAME).items() if isinstance(module, nn.Linear)]
     formats = sorted({KINDS[kind].format for kind in kinds.values()})
     said = {f"group_{i}": {"targets": ["Linear"] if len(groups) == 1 else layers, "format": KINDS[kind].format,
                            "weights": KINDS[kind].args(size, symmetric), "input_activations": KINDS[kind].input_args(), "output_activations": None}
@@ -158,12 +100,3 @@ def _size(layer: str, kinds: dict[str, str], stored: dict[str, Stored]) -> int |
     mine = stored[layer]
     grouped = {other.size for name, other in stored.items() if kinds[name] == kinds[layer] and not other.whole and other.symmetric == mine.symmetric}
     return None if mine.whole and mine.size not in grouped else mine.size
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """A tensor in full precision, in the smallest type that holds every value."""
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype not in (torch.float32, torch.float64):
-        return tensor.clone()
-    small = narrow(tensor, "bfloat16")
-    return small if small.dtype == torch.bfloat16 else narrow(tensor, "float16").clone()

@@ -12,23 +12,20 @@ Nothing is rounded and nothing is quantized again. `fit` changes the type of the
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...core.error import FormatError, QuantError, unknown
-from ...core.grain import Grain
 from ...core.grid import Float, Grid
 from ...core.qtensor import QTensor
 from ...core.quantizer import Quant
+from ..integers import integers, sharing
 from .kinds import KINDS, MIXED, NESTED, POWER, Kind
 
 NAME = "compressed-tensors"
 TARGETS: dict[str, Quant | None] = {name: kind.own for name, kind in KINDS.items()} | {MIXED: None}
-TIMES = tuple(2**i for i in range(8))
 NORMAL = 2.0**-126
 SCHEMES = {**{f"w{bits}a16": f"w{bits}-g128" for bits in (2, 3, 4, 8)}, "w4a8": "w4a8", "w8a8": "w8a8"}
 
@@ -114,43 +111,6 @@ def why_not(tensor: Any, target: str, shape: tuple[int, ...] | None = None) -> s
     if reason is None and len(shape) != 2:
         reason = f"only matrices (out, in) are layers of this format, this one has shape {shape}"
     return reason or _grain(tensor, shape, kind) or _zero(tensor, kind) or _step(tensor, kind)
-
-
-def integers(grid: Grid, bits: int) -> tuple[int, int] | None:
-    """The power of two k and the shift m for which all k v - m are signed integers of so many bits; None where there are none.
-
-    >>> from qatlas.core.grid import HalfStep, Uniform
-    >>> integers(Uniform(4), 4), integers(Uniform(4, False), 4), integers(HalfStep(2), 3), integers(HalfStep(2), 2)
-    ((1, 0), (1, 8), (2, 0), None)
-    """
-    values, half = grid.values(), 2 ** (bits - 1)
-    for k in TIMES:
-        v = values * k
-        low, high = int(v.min()), int(v.max())
-        if bool((v.round() == v).all()) and high - low < 2 * half:
-            return k, 0 if low >= -half and high < half else low + half
-    return None
-
-
-@lru_cache(maxsize=256)
-def sharing(grain: Grain, shape: tuple[int, ...]) -> int | None:
-    """How many neighbours along the inputs share a step: all of them for one step a row or coarser; None where that is no one number.
-
-    >>> from qatlas.core.grain import Block, Group, PerTensor
-    >>> sharing(Group(32), (4, 64)), sharing(PerTensor(), (4, 64)), sharing(Block(2, 16), (4, 64))
-    (32, 64, 16)
-    """
-    groups = grain.scale_shape(shape)
-    row = spread(grain, torch.arange(math.prod(groups), dtype=torch.int32).reshape(groups), shape)     # (out, in)
-    ends = torch.nonzero(row[0, 1:] != row[0, :-1])
-    size = int(ends[0]) + 1 if len(ends) else shape[1]
-    each = row.unflatten(-1, (-1, size)) if shape[1] % size == 0 else None
-    return size if each is not None and bool((each == each[..., :1]).all()) else None
-
-
-def spread(grain: Grain, steps: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """What belongs to each step, for each element: (the grain's) -> (out, in)."""
-    return grain.back(steps.unsqueeze(-1).expand(grain.view(torch.empty(shape, device="meta")).shape), shape)
 
 
 def _kinds(target: str) -> dict[str, Kind]:

@@ -16,14 +16,14 @@ the same way along the outputs. Words are little-endian, as safetensors is.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...core.qtensor import QTensor, pack_bits
-from .fitting import integers, sharing, spread
+from ..directory import narrow
+from ..integers import each, integers, sharing, words
 from .kinds import Kind
 
 
@@ -47,33 +47,15 @@ def store(tensor: QTensor, kind: Kind) -> Stored:
         tensors, symmetric = _whole(tensor, kind, size)
         return Stored(tensors, size, whole, symmetric)
     if kind.bits == 8:
-        scale = narrow(_each(tensor, tensor.steps, size), tensor.scale_dtype)
+        scale = narrow(each(tensor, tensor.steps, size), tensor.scale_dtype)
         return Stored({"weight": tensor.codes.cpu().view(torch.float8_e4m3fn), "weight_scale": scale}, size, whole, True)
     packed = {"weight_packed": pack_bits(tensor.codes.cpu(), 4)}
     if isinstance(tensor.scale, QTensor):
-        inner = _each(tensor, tensor.scale.codes, size).view(torch.float8_e4m3fn)
+        inner = each(tensor, tensor.scale.codes, size).view(torch.float8_e4m3fn)
         top = 1 / tensor.scale.steps.reshape(1).float().cpu()
         return Stored(packed | {"weight_scale": inner, "weight_global_scale": top}, size, whole, True)
-    exponent = torch.frexp(_each(tensor, tensor.steps, size)).exponent - 1
+    exponent = torch.frexp(each(tensor, tensor.steps, size)).exponent - 1
     return Stored(packed | {"weight_scale": (exponent + 127).to(torch.uint8)}, size, whole, True)
-
-
-def words(codes: Tensor, bits: int) -> Tensor:
-    """Codes (rows, n) uint8 -> (rows, ceil(n bits / 32)) int32, dense from the low end.
-
-    >>> words(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9]], dtype=torch.uint8), 4)
-    tensor([[-2023406815,           9]], dtype=torch.int32)
-    """
-    stream = pack_bits(codes, bits)
-    stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 4)).contiguous()
-    assert sys.byteorder == "little", "safetensors is little-endian, and so are these words"
-    return stream.view(torch.int32)
-
-
-def narrow(steps: Tensor, dtype: str) -> Tensor:
-    """The steps in the type that they were trained in, where that is one of the reader's and loses nothing; else in fp32."""
-    small = steps.to(getattr(torch, dtype)) if dtype in ("bfloat16", "float16") else steps.float()
-    return small if torch.equal(small.to(steps.dtype), steps) else steps.float()
 
 
 def _whole(tensor: QTensor, kind: Kind, size: int) -> tuple[dict[str, Tensor], bool]:
@@ -82,11 +64,11 @@ def _whole(tensor: QTensor, kind: Kind, size: int) -> tuple[dict[str, Tensor], b
     (k, m), half = found, 2 ** (kind.bits - 1)
     q = (tensor.values() * k - m).to(torch.int16).cpu()           # (out, in), -half ... half - 1
     zero = None
-    steps = _each(tensor, tensor.steps, size) / k
+    steps = each(tensor, tensor.steps, size) / k
     out = {"weight_scale": narrow(steps, tensor.scale_dtype if tensor.zero is None and not m else "float32")}
     if tensor.zero is not None or m:
         place = torch.zeros_like(tensor.steps) if tensor.zero is None else tensor.zero
-        zero = _each(tensor, place * k - m, size).to(torch.int16)
+        zero = each(tensor, place * k - m, size).to(torch.int16)
     if not kind.packed:
         out = {"weight": q.to(torch.int8), **out}
         return out if zero is None else out | {"weight_zero_point": zero.to(torch.int8)}, zero is None
@@ -94,8 +76,3 @@ def _whole(tensor: QTensor, kind: Kind, size: int) -> tuple[dict[str, Tensor], b
     if zero is not None:
         out["weight_zero_point"] = words((zero + half).to(torch.uint8).T.contiguous(), kind.bits).T.contiguous()
     return out, zero is None
-
-
-def _each(tensor: QTensor, steps: Tensor, size: int) -> Tensor:
-    """One value for each `size` inputs: (the grain's) -> (out, in / size)."""
-    return spread(tensor.grain, steps, tuple(tensor.shape))[:, ::size].contiguous().cpu()
