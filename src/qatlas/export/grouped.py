@@ -34,7 +34,7 @@ from ..core.quantizer import Quant
 from ..core.scale import AbsMax
 from .checkpoint import Checkpoint
 from .directory import check_names, skeleton
-from .integers import each, integers, sharing
+from .integers import TIMES, each, integers, sharing
 
 GROUPS = (128, 64, 32)
 LARGEST = 65504.0                                                 # of fp16
@@ -165,6 +165,11 @@ def size(parts: Iterable[QTensor]) -> int:
     return next(group for group in GROUPS if all(n % group == 0 for n, _ in found))
 
 
+def middle(tensor: QTensor, bits: int) -> bool:
+    """Whether the zeros of a layer all lie in the middle, at 2^(bits - 1): what these formats call symmetric."""
+    return tensor.zero is None and integers(tensor.grid, bits) in [(k, 0) for k in TIMES]
+
+
 def store(tensor: QTensor, kind: Kind, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes u (out, in) uint8, zeros z (out, groups) uint8, steps s (out, groups) fp16, of a QTensor that `why_not` let through."""
     (k, m), half = integers(tensor.grid, kind.bits) or (1, 0), 2 ** (kind.bits - 1)
@@ -205,7 +210,8 @@ def _shape(tensor: Any, shape: tuple[int, ...], kind: Kind) -> str | None:
         n = sharing(tensor.grain, shape)
     except QuantError as error:
         return str(error)
-    return None if n is not None and n % 32 == 0 else f"{tensor.grain} does not give each 32 inputs one step; take Group(128), (64), (32) or PerChannel()"
+    good = n is not None and n % 32 == 0
+    return None if good else f"{tensor.grain} does not give each 32 inputs one step; take Group(128), Group(64), Group(32) or PerChannel()"
 
 
 def _zero(tensor: Any, kind: Kind) -> str | None:

@@ -67,7 +67,7 @@ def words(codes: Tensor, bits: int) -> Tensor:
     tensor([[-2023406815,           9]], dtype=torch.int32)
     """
     stream = pack_bits(codes, bits)
-    stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 4)).contiguous()
+    stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 4)).clone(memory_format=torch.contiguous_format)   # strides of one row too
     assert sys.byteorder == "little", "safetensors is little-endian, and so are these words"
     return stream.view(torch.int32)
 
@@ -83,7 +83,7 @@ def unwords(packed: Tensor, bits: int, n: int) -> Tensor:
     """
     if packed.dtype != torch.int32 or packed.dim() != 2 or packed.shape[1] != -(-n * bits // 32):
         raise FormatError(f"{n} codes of {bits} bits a row do not lie in {packed.dtype} of shape {tuple(packed.shape)}")
-    stream = packed.contiguous().view(torch.uint8)                # (rows, 4 words)
+    stream = packed.clone(memory_format=torch.contiguous_format).view(torch.uint8)        # (rows, 4 words)
     return unpack_bits(stream[:, : -(-n * bits // 8)].contiguous(), bits, (packed.shape[0], n))
 
 
