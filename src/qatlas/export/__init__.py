@@ -36,7 +36,7 @@ from types import ModuleType
 from ..core.error import FormatError, unknown
 from .checkpoint import Checkpoint
 
-SHARED = ("checkpoint", "directory", "grouped", "integers")       # what formats have in common
+SHARED = ("checkpoint", "directory", "grouped", "integers", "loaded")     # what formats have in common
 __all__ = ["Checkpoint", "files", "formats", "named", "place", "target", "targets"]
 
 

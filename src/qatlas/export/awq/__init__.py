@@ -7,8 +7,8 @@
 The target is w4: integers of 4 bits in groups of 32, 64, 128 or one step a channel, as the Quant says; a layer around zero has all zeros at 8
 (grouped.py). AWQ's scaling of activations is folded into the weights that it writes, so a file holds nothing of it.
 
-The weights are `QTensor.dequantize()`, bit for bit in fp32, in the decode of compressed-tensors' converter for these files, and in that of gptqmodel's
-layer with its steps in fp32. Engines multiply in fp16, where s (u - z) is rounded once more: so do their kernels with every such file.
+The weights are `QTensor.dequantize()`, bit for bit in fp32, in the decode of compressed-tensors' converter for these files, and in that of
+gptqmodel's layer with its steps in fp32. Engines multiply in fp16, where s (u - z) is rounded once more: so do their kernels with every such file.
 """
 
 from .directory import holds, plan, qtensors, write

@@ -1,6 +1,7 @@
 """Writing the directory, and reading one, of ours or of others, as QTensors.
 
-config.json gets `quantization_config`; its `modules_to_not_convert` lists every nn.Linear that is not quantized, since readers take all others for it.
+config.json gets `quantization_config`; its `modules_to_not_convert` lists every nn.Linear that is not quantized, since readers take all others for
+quantized.
 
 Reading. Inputs, outputs and groups of a layer follow from the shapes of its tensors, which must agree with one another and with config.json. A file
 that says zero_point=false may leave qzeros out: its zeros are 8. Refused, with the reason: the layouts of other kernels (gemv, gemv_fast, exllama,
@@ -86,8 +87,8 @@ def config(path: str | Path) -> dict[str, Any]:
     method = said.get("quant_method") if isinstance(said, dict) else None
     if not isinstance(said, dict) or method != NAME:
         raise FormatError(f"{file} describes no {NAME} model, its quantization is by {method!r}")
-    names = {"w_bit": "bits", "q_group_size": "group_size"}
-    return {names.get(key, key): value for key, value in said.items()}
+    old = {"bits": said.get("w_bit"), "group_size": said.get("q_group_size", -1)} if "w_bit" in said else {}
+    return said | old
 
 
 def qtensors(path: str | Path) -> dict[str, QTensor | Tensor]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ...core.qtensor import QTensor
@@ -68,6 +67,7 @@ def why_not(tensor: Any, target: str, shape: tuple[int, ...] | None = None) -> s
 def eights(codes: Tensor) -> Tensor:
     """(rows, out) uint8 -> (rows, out / 8) int32.
 
+    >>> import torch
     >>> eights(torch.arange(8, dtype=torch.uint8).reshape(1, 8))[0, 0].item() == 0x75316420
     True
     """

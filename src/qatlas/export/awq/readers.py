@@ -1,27 +1,22 @@
-"""What others read in the directory: compressed-tensors, which converts it, layer by layer, and transformers with gptqmodel, which runs it.
+"""What others read in the directory: compressed-tensors, which converts it, layer by layer, and transformers with gptqmodel (../loaded.py).
 
 compressed-tensors unpacks codes and zeros by its own knowledge of AutoAWQ's order, and decompresses its own form in the type of the steps: handed
-over in fp32 they give the exact weights. transformers loads the directory into layers of gptqmodel, which compute in fp16: so each is taken out after
-loading and its own decode, in fp32, put into an nn.Linear. What is compared is what transformers found in the directory, not the rounding of fp16.
-Biases, which it loads as fp16, are taken from the file.
+over in fp32 they give the exact weights.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...core.error import FormatError
-from ..directory import headers, tensors
+from .. import loaded
+from ..directory import tensors
 from .directory import config, parts, whole
-from .layout import BITS, NAME, Parts
+from .layout import BITS, Parts
 
 
 def lacks() -> str | None:
@@ -72,31 +67,14 @@ def model(path: str | Path) -> nn.Module | str:
     """
     if not find_spec("gptqmodel"):
         return "the package gptqmodel is not installed, through which transformers loads awq directories: pip install gptqmodel"
-    import transformers
-    from gptqmodel.nn_modules.qlinear import BaseQuantLinear
+    from transformers.utils.quantization_config import AwqBackend, AwqConfig
 
     config(path)
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            names = transformers.AutoConfig.from_pretrained(path, local_files_only=True).architectures
-            made: Any = getattr(transformers, names[0]).from_pretrained(
-                Path(path), dtype=torch.float32, local_files_only=True, use_safetensors=True, device_map="cpu",
-                quantization_config=transformers.AwqConfig(backend="torch_awq"))
-        except (OSError, ValueError, RuntimeError, KeyError, AttributeError, AssertionError, ImportError) as error:
-            raise FormatError(f"transformers cannot load {path}: {error}") from error
-    biases = dict(tensors({name: stored for name, stored in headers(path).items() if name.endswith(".bias")}))
-    for name, layer in [(n, m) for n, m in made.named_modules() if isinstance(m, BaseQuantLinear)]:
-        made.set_submodule(name, _linear(layer, biases.get(f"{name}.bias")))
-    return made.eval()
+    return loaded.load(path, AwqConfig(backend=AwqBackend.TORCH_AWQ), _decode)
 
 
-def _linear(layer: Any, bias: Tensor | None) -> nn.Linear:
+def _decode(layer: Any) -> Tensor:
     from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 
-    weight = dequantize_gemm(layer.qweight, layer.qzeros, layer.scales.float(), layer.bits, layer.group_size).T.contiguous()
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-    made.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        made.bias = nn.Parameter(bias.float(), requires_grad=False)
-    return made
+    found: Tensor = dequantize_gemm(layer.qweight, layer.qzeros, layer.scales.float(), layer.bits, layer.group_size)
+    return found

@@ -51,8 +51,9 @@ def config(path: str | Path) -> dict[str, Any]:
     if not isinstance(said, dict) and (path / OLD).is_file():
         file = path / OLD
         said = {"quant_method": NAME} | read_json(file)
-    if not isinstance(said, dict) or said.get("quant_method") != NAME:
-        raise FormatError(f"{file} describes no {NAME} model, its quantization is by {said.get('quant_method') if isinstance(said, dict) else None!r}")
+    method = said.get("quant_method") if isinstance(said, dict) else None
+    if not isinstance(said, dict) or method != NAME:
+        raise FormatError(f"{file} describes no {NAME} model, its quantization is by {method!r}")
     return said
 
 
@@ -63,10 +64,10 @@ def qtensors(path: str | Path) -> dict[str, QTensor | Tensor]:
         FormatError: no such directory, another method, a layout or a file that we cannot read exactly (see above).
     """
     said = config(path)
-    first = _first(said, path)
+    first = first_zero(said, path)
     found = headers(path)
     layers = {name.removesuffix(".qweight") for name in found if name.endswith(".qweight")}
-    shapes = {layer: _shape(layer, found, said) for layer in sorted(layers)}
+    shapes = {layer: shape_of(layer, found, said) for layer in sorted(layers)}
     out: dict[str, QTensor | Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors(found):
@@ -81,7 +82,7 @@ def qtensors(path: str | Path) -> dict[str, QTensor | Tensor]:
     return out
 
 
-def _first(said: Mapping[str, Any], path: str | Path) -> int:
+def first_zero(said: Mapping[str, Any], path: str | Path) -> int:
     """1 where zeros are stored less one, 0 where they are not."""
     form = said.get("checkpoint_format") or said.get("format") or V1
     if said.get("is_marlin_format") or form not in (V1, V2):
@@ -95,7 +96,7 @@ def _first(said: Mapping[str, Any], path: str | Path) -> int:
     return int(form == V1)
 
 
-def _shape(layer: str, found: Mapping[str, Stored], said: Mapping[str, Any]) -> tuple[int, int, int]:
+def shape_of(layer: str, found: Mapping[str, Stored], said: Mapping[str, Any]) -> tuple[int, int, int]:
     """Bits, inputs, groups of a layer, by the headers alone."""
     if strange := [name for name in found if name.startswith(f"{layer}.") and name.removeprefix(f"{layer}.") not in (*Parts._fields, "bias")]:
         raise FormatError(f"{strange[0]} is a part that GPTQ does not know, and may mean that {layer} computes something else")
@@ -111,14 +112,15 @@ def _shape(layer: str, found: Mapping[str, Stored], said: Mapping[str, Any]) -> 
     inputs = rows * 32 // bits if bits else 0
     exact = bits in (2, 3, 4, 8) and bits * columns == zero.shape[1] * 32 and bits * inputs == rows * 32
     if not exact or columns != outputs or zero.shape[0] != groups or not groups or not inputs or inputs % groups:
-        raise FormatError(f"{layer}: qweight {word.shape}, qzeros {zero.shape} and scales {scale.shape} are not those of one layer of 2, 3, 4 or 8 bits")
+        raise FormatError(f"{layer}: qweight {word.shape}, qzeros {zero.shape} and scales {scale.shape} are not those of one layer of 2, 3, 4 or 8 "
+                          "bits")
     index = found.get(f"{layer}.g_idx")
     if index is not None and (index.shape != (inputs,) or index.dtype not in ("I32", "I64")):
         raise FormatError(f"{layer}: g_idx is {index.dtype} {index.shape}, and the layer has {inputs} inputs")
     size = said.get("group_size", -1)
     if not said.get("dynamic") and (bits != said["bits"] or inputs // groups != (inputs if size == -1 else size)):
-        raise FormatError(f"{layer} has {bits} bits and groups of {inputs // groups} of its {inputs} inputs, and config.json says bits={said['bits']}, "
-                          f"group_size={size}")
+        raise FormatError(f"{layer} has {bits} bits and groups of {inputs // groups} of its {inputs} inputs, and config.json says "
+                          f"bits={said['bits']}, group_size={size}")
     return bits, inputs, groups
 
 
@@ -129,7 +131,7 @@ def _layer(layer: str, parts: dict[str, Tensor], shape: tuple[int, int, int], sa
     meta = said.get("meta")
     writer = str(meta.get("quantizer") if isinstance(meta, dict) else "")
     index = parts.pop("g_idx", None)
-    order = () if index is None else _order(layer, index.long(), groups)
+    order = () if index is None else order_of(layer, index.long(), groups)
     usual = torch.arange(inputs) // (inputs // groups) if index is None else index
     try:
         return restore(Parts(**parts, g_idx=usual), bits, first, "gptqmodel" in writer.lower(), order)
@@ -137,12 +139,13 @@ def _layer(layer: str, parts: dict[str, Tensor], shape: tuple[int, int, int], sa
         raise FormatError(f"{layer}: {error}") from None
 
 
-def _order(layer: str, index: Tensor, groups: int) -> tuple[int, ...]:
+def order_of(layer: str, index: Tensor, groups: int) -> tuple[int, ...]:
     """The inputs, group by group; empty where they stand so already."""
     size = len(index) // groups
     if int(index.min()) < 0 or int(index.max()) >= groups:
         raise FormatError(f"{layer}: g_idx names the groups {int(index.min())} ... {int(index.max())}, and there are {groups}")
     if not bool((index.bincount(minlength=groups) == size).all()):
-        raise FormatError(f"{layer}: g_idx does not give each of the {groups} groups {size} of the {len(index)} inputs; uneven groups have no grain here")
+        raise FormatError(f"{layer}: g_idx does not give each of the {groups} groups {size} of the {len(index)} inputs; uneven groups have no "
+                          "grain here")
     order = index.argsort(stable=True)
     return () if torch.equal(order, torch.arange(len(index))) else tuple(order.tolist())

@@ -1,15 +1,10 @@
-"""What others read in the directory: gptqmodel, layer by layer, and transformers with it.
+"""What others read in the directory: gptqmodel, layer by layer, and transformers with it (../loaded.py).
 
-gptqmodel's layer decodes in the type of its steps; handed over in fp32 they give the exact weights. transformers loads the directory through optimum
-and gptqmodel, whose layers compute in fp16: so each is taken out after loading and its own decode, in fp32, put into an nn.Linear. What is compared
-is what transformers found in the directory, not the rounding of fp16. Biases, which it loads as fp16, are taken from the file.
+gptqmodel's layer decodes in the type of its steps; handed over in fp32 they give the exact weights.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ...core.error import FormatError
+from .. import loaded
 from ..directory import headers, tensors
-from .checkpoint import _first, _shape, config
+from .checkpoint import config, first_zero, shape_of
 from .layout import NAME, Parts
 
 NEEDS = ("gptqmodel", "optimum")
@@ -28,7 +24,8 @@ NEEDS = ("gptqmodel", "optimum")
 def lacks() -> str | None:
     """The sentence for missing readers, or None."""
     gone = [name for name in NEEDS if not find_spec(name)]
-    return f"the package {gone[0]} is not installed, which reads {NAME} directories: pip install gptqmodel optimum" if gone else None
+    return (f"the package {gone[0]} is not installed, which reads {NAME} directories: pip install gptqmodel optimum, in an environment of its own, "
+            "since gptqmodel 7.7 asks for torch 2.14" if gone else None)
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
@@ -40,8 +37,8 @@ def read(path: str | Path) -> dict[str, Tensor]:
     if lacks():
         raise FormatError(str(lacks()))
     said, found = config(path), headers(path)
-    first = _first(said, path)
-    layers = {name.removesuffix(".qweight"): {} for name in found if name.endswith(".qweight")}
+    first = first_zero(said, path)
+    layers: dict[str, dict[str, Tensor]] = {name.removesuffix(".qweight"): {} for name in found if name.endswith(".qweight")}
     out: dict[str, Tensor] = {}
     for name, tensor in tensors(found):
         layer, _, part = name.rpartition(".")
@@ -49,8 +46,9 @@ def read(path: str | Path) -> dict[str, Tensor]:
             layers[layer][part] = tensor
         else:
             out[name] = tensor.float() if tensor.is_floating_point() else tensor
-    for layer, parts in layers.items():
-        out[f"{layer}.weight"] = _decoded(parts, _shape(layer, found, said), first)
+    with loaded.silent():
+        for layer, parts in layers.items():
+            out[f"{layer}.weight"] = _decoded(parts, shape_of(layer, found, said), first)
     return out
 
 
@@ -65,7 +63,8 @@ def _decoded(parts: dict[str, Tensor], shape: tuple[int, int, int], first: int) 
         setattr(layer, name, part.float() if name == "scales" else part)
     if first:
         convert_gptq_v1_to_v2_format_module(layer, bits=bits, pack_dtype=torch.int32)
-    return layer.eval().dequantize_weight().T.contiguous()
+    found: Tensor = layer.eval().dequantize_weight().T.contiguous()
+    return found
 
 
 def model(path: str | Path) -> nn.Module | str:
@@ -77,29 +76,12 @@ def model(path: str | Path) -> nn.Module | str:
     if lacks():
         return str(lacks())
     import transformers
-    from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 
     config(path)
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            names = transformers.AutoConfig.from_pretrained(path, local_files_only=True).architectures
-            made: Any = getattr(transformers, names[0]).from_pretrained(
-                Path(path), dtype=torch.float32, local_files_only=True, use_safetensors=True, device_map="cpu",
-                quantization_config=transformers.GPTQConfig(bits=4, backend="gptq_torch"))
-        except (OSError, ValueError, RuntimeError, KeyError, AttributeError, AssertionError, ImportError) as error:
-            raise FormatError(f"transformers cannot load {path}: {error}") from error
-    plain = {name: t for name, t in tensors({n: s for n, s in headers(path).items() if n.endswith(".bias")})}
-    for name, layer in [(n, m) for n, m in made.named_modules() if isinstance(m, BaseQuantLinear)]:
-        made.set_submodule(name, _linear(layer, plain.get(f"{name}.bias")))
-    return made.eval()
+    return loaded.load(path, transformers.GPTQConfig(bits=4, backend="gptq_torch"), _decode)      # of this setting only the backend is heard
 
 
-def _linear(layer: Any, bias: Tensor | None) -> nn.Linear:
+def _decode(layer: Any) -> Tensor:
     layer.scales = layer.scales.float()
-    weight = type(layer).dequantize_weight(layer).T.contiguous()
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-    made.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        made.bias = nn.Parameter(bias.float(), requires_grad=False)
-    return made
+    found: Tensor = type(layer).dequantize_weight(layer)          # the class's own: the instance has a compiled one
+    return found
