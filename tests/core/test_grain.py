@@ -14,7 +14,8 @@ from qatlas.core.grain import Block, Grain, Group, PerChannel, PerTensor, PerTok
 from qatlas.core.noun import from_json
 
 shapes = st.lists(st.integers(1, 3), min_size=1, max_size=3).map(lambda s: [4 * s[0], *s[1:], 8])
-FITTING = [PerTensor(), PerChannel(), PerChannel(-1), PerChannel(1), PerToken(), Group(4), Group(8), Block(2, 4), Block(4, 8), Scattered(4), Scattered(8)]
+FITTING = [PerTensor(), PerChannel(), PerChannel(-1), PerChannel(1), PerToken(), Group(4), Group(8), Block(2, 4), Block(4, 8),
+           Scattered(4), Scattered(8)]
 
 
 @pytest.mark.parametrize("grain", FITTING, ids=str)

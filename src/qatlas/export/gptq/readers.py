@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...core.error import FormatError
 from .. import loaded
-from ..directory import headers, tensors
+from ..directory import headers, read_json, skeleton, tensors
 from .checkpoint import config, first_zero, shape_of
 from .layout import NAME, Parts
 
@@ -78,6 +78,8 @@ def model(path: str | Path) -> nn.Module | str:
     import transformers
 
     config(path)
+    if any(type(module).__name__ == "Conv1D" for module in skeleton(read_json(Path(path) / "config.json"), NAME).values()):
+        return "transformers initialises the weights of Conv1D layers itself while it loads, and gptqmodel's layers have none to initialise"
     return loaded.load(path, transformers.GPTQConfig(bits=4, backend="gptq_torch"), _decode)      # of this setting only the backend is heard
 
 
