@@ -12,10 +12,12 @@ from small import write_llama
 
 from qatlas import keep
 from qatlas.core.error import DataError, FormatError, QatlasError, QuantError, RuleError, RunError
-from qatlas.export import compressed_tensors, torchao
+from qatlas.core.qtensor import QTensor
+from qatlas.export import awq, compressed_tensors, gptq, torchao
 from qatlas.job import generate, plan, run
 from qatlas.model.fold import folded
 from qatlas.model.load import load
+from qatlas.model.pack import checkpoint
 from qatlas.model.rules import Rule
 from qatlas.model.verify import exports, verify
 from qatlas.prepare import Job, prepare, read_rules
@@ -197,6 +199,24 @@ def test_a_directory_is_an_export_as_well(small, tmp_path):
         keep.add_export(out, "compressed-tensors:w4a16")
     with pytest.raises(FormatError, match="its input is in full precision"):
         keep.add_export(out, "compressed-tensors:w4a8")
+
+
+def test_gptq_and_awq_are_exports_as_well(small, tmp_path):
+    """One run for both: groups of 32 around zero are the same numbers in both."""
+    out = tmp_path / "out"
+    outcome = run("lsq", {**ARGUMENTS, "group": 32}, replace(small, target="gptq:w4", out=str(out)))
+    reads = None if gptq.lacks() else True
+    assert [proof["passed"] for proof in outcome.record.proofs] == [True, True, reads, *([True] if reads else [])], outcome.record.proofs
+    made = out / "exports/gptq-w4"
+    assert {path.name for path in made.iterdir()} >= {"model.safetensors", "config.json", "quantize_config.json", "tokenizer.json"}
+    assert keep.add_export(out, "awq:w4").is_dir() and keep.add_export(out, "gptq:w4_v2").is_dir()
+    assert set(exports(out)) == {"gptq:w4", "gptq:w4_v2", "awq:w4"} and all(proof.passed in (True, None) for proof in verify(out))
+    trained = checkpoint(outcome.model).tensors
+    for form, name in ((gptq, "gptq-w4"), (gptq, "gptq-w4_v2"), (awq, "awq-w4")):
+        found = form.qtensors(out / "exports" / name)
+        assert all(torch.equal(found[n].dequantize(), t.dequantize()) for n, t in trained.items() if isinstance(t, QTensor))
+    with pytest.raises(FormatError, match="gptq:w2 cannot hold model.layers.0.* no integers of 2 bits"):
+        keep.add_export(out, "gptq:w2")
 
 
 @pytest.mark.skipif(bool(compressed_tensors.lacks()), reason="needs compressed-tensors")

@@ -24,7 +24,8 @@ from qatlas.export import Checkpoint
 from qatlas.export import compressed_tensors as form
 from qatlas.export.compressed_tensors.fitting import integers, kind_of, sharing
 from qatlas.export.compressed_tensors.kinds import FP8, INT8, KINDS, NESTED
-from qatlas.export.compressed_tensors.layout import store, words
+from qatlas.export.compressed_tensors.layout import store
+from qatlas.export.integers import words
 from qatlas.model.pack import checkpoint, load_packed, pack, save
 from qatlas.model.roles import Role
 from qatlas.model.rules import Rule, keep_full, quantize

@@ -8,6 +8,7 @@ then reduces over the last axis, whatever the grain, and a scale has the shape o
     PerChannel()    (out, ...)       (out, rest)                (out,)
     PerToken        (..., d)         (..., d)                   (...)
     Group(32)       (out, in)        (out, in/32, 32)           (out, in/32)
+    Scattered(32)   (out, in)        (out, in/32, 32)           (out, in/32)
     Block(16, 16)   (out, in)        (out/16, in/16, 256)       (out/16, in/16)
 
 A convolution's weight (out, in, kh, kw) is taken as (out, in kh kw) by Group and Block. A group that does not divide is an error, never padded.
@@ -15,7 +16,8 @@ A convolution's weight (out, in, kh, kw) is taken as (out, in kh kw) by Group an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -85,6 +87,41 @@ class Group(Grain):
             raise QuantError(f"a group of {self.size} does not divide the {width} inputs of a tensor of shape {tuple(x.shape)}; "
                              f"sizes that do: {', '.join(map(str, good)) or 'none of 16..256, take per channel'}")
         return x.reshape(x.shape[0] if x.dim() > 1 else 1, width // self.size, self.size)
+
+
+@dataclass(frozen=True)
+class Scattered(Grain):
+    """One scale for `size` inputs that need not be neighbours: those at order[0 : size], then those at order[size : 2 size], ... GPTQ with desc_act
+    sorts inputs by their activations and groups them in that order. An empty order is that of Group.
+
+    >>> Scattered(2, (0, 2, 1, 3)).view(torch.tensor([[10, 11, 12, 13]]))
+    tensor([[[10, 12],
+             [11, 13]]])
+    """
+
+    size: int
+    order: tuple[int, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if not all(type(i) is int for i in self.order) or sorted(self.order) != list(range(len(self.order))):
+            raise QuantError(f"Scattered takes each of the inputs 0 .. {len(self.order) - 1} once; this order does not")
+
+    def view(self, x: Tensor) -> Tensor:
+        width = x[0].numel() if x.dim() > 1 else x.numel()
+        if self.order and len(self.order) != width:
+            raise QuantError(f"an order of {len(self.order)} inputs cannot group the {width} inputs of a tensor of shape {tuple(x.shape)}")
+        return Group(self.size).view(x.reshape(-1, width)[:, _index(self.order, x.device)[0]] if self.order else x)
+
+    def back(self, y: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        flat = y.reshape(shape[0] if len(shape) > 1 else 1, -1)
+        return (flat[:, _index(self.order, y.device)[1]] if self.order else flat).reshape(shape)
+
+
+@lru_cache(maxsize=64)
+def _index(order: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The order and its inverse."""
+    there = torch.tensor(order, device="cpu")
+    return there.to(device), there.argsort().to(device)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,15 +99,23 @@ def check_names(modules: dict[str, nn.Module], checkpoint: Checkpoint) -> None:
     twins = {a: {b for pair in ties.items() for b in pair if a in pair} for a in state}
     missing = sorted(name for name, _ in modules[""].named_parameters() if name not in have and not twins[name] & have)
     extra = sorted(have - set(state))
-    wrong = sorted(name for name in have & set(state)
-                   if tuple(getattr(checkpoint.tensors[name], "shape", state[name].shape)) != tuple(state[name].shape))
+    wrong = sorted(name for name in have & set(state) if not _fits(name, checkpoint.tensors[name], modules, state[name]))
     if missing or extra or wrong:
         raise FormatError(f"the tensors are not those of {type(modules['']).__name__}: missing {', '.join(missing[:4]) or 'none'}; "
                           f"unknown {', '.join(extra[:4]) or 'none'}; of another shape {', '.join(wrong[:4]) or 'none'}")
 
 
-def write(path: Path, tensors: dict[str, Tensor], config: dict[str, Any], tokenizer: Path | None, header: dict[str, str] | None = None) -> Path:
-    """The directory; it appears whole or not at all. header: what model.safetensors says of itself, besides that torch wrote it.
+def _fits(name: str, tensor: Any, modules: dict[str, nn.Module], own: Tensor) -> bool:
+    """A QTensor lies (out, in), also where the module's weight lies (in, out), as that of Conv1D does."""
+    layer = modules.get(name.removesuffix(".weight"))
+    turned = type(layer).__name__ == "Conv1D" and name.endswith(".weight") and not isinstance(tensor, Tensor)
+    return tuple(getattr(tensor, "shape", own.shape)) == tuple(own.T.shape if turned else own.shape)
+
+
+def write(path: Path, tensors: dict[str, Tensor], config: dict[str, Any], tokenizer: Path | None, header: dict[str, str] | None = None,
+          more: Mapping[str, Any] | None = None) -> Path:
+    """The directory; it appears whole or not at all. header: what model.safetensors says of itself, besides that torch wrote it. more: other
+    files, name -> what becomes its JSON.
 
     Raises:
         FormatError: something is in the way.
@@ -117,7 +125,8 @@ def write(path: Path, tensors: dict[str, Tensor], config: dict[str, Any], tokeni
     with appearing(path) as aside:
         aside.mkdir()
         save_file(tensors, aside / "model.safetensors", metadata={"format": "pt", **(header or {})})
-        (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for name, said in {"config.json": config, **(more or {})}.items():
+            (aside / name).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for file in (tokenizer / name for name in (*TOKENIZER, "generation_config.json")) if tokenizer else ():
             if file.is_file():
                 shutil.copyfile(file, aside / file.name)

@@ -22,7 +22,7 @@ from ...core.floats import Float
 from ...core.grid import Grid
 from ...core.qtensor import QTensor
 from ...core.quantizer import Quant
-from ..whole import integers, sharing
+from ..integers import integers, sharing
 from .kinds import KINDS, MIXED, NESTED, POWER, Kind
 
 NAME = "compressed-tensors"

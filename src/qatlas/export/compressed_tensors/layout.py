@@ -16,7 +16,6 @@ the same way along the outputs. Words are little-endian, as safetensors is.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from ...core.qtensor import QTensor, pack_bits
 from ..folder import narrow
-from ..whole import each, integers, sharing
+from ..integers import each, integers, sharing, words
 from .kinds import Kind
 
 
@@ -57,18 +56,6 @@ def store(tensor: QTensor, kind: Kind) -> Stored:
         return Stored(packed | {"weight_scale": inner, "weight_global_scale": top}, size, whole, True)
     exponent = torch.frexp(each(tensor, tensor.steps, size)).exponent - 1
     return Stored(packed | {"weight_scale": (exponent + 127).to(torch.uint8)}, size, whole, True)
-
-
-def words(codes: Tensor, bits: int) -> Tensor:
-    """Codes (rows, n) uint8 -> (rows, ceil(n bits / 32)) int32, dense from the low end.
-
-    >>> words(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9]], dtype=torch.uint8), 4)
-    tensor([[-2023406815,           9]], dtype=torch.int32)
-    """
-    stream = pack_bits(codes, bits)
-    stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 4)).contiguous()
-    assert sys.byteorder == "little", "safetensors is little-endian, and so are these words"
-    return stream.view(torch.int32)
 
 
 def _whole(tensor: QTensor, kind: Kind, size: int) -> tuple[dict[str, Tensor], bool]:

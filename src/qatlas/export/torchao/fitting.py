@@ -23,7 +23,7 @@ from ...core.grid import Grid, Uniform
 from ...core.qtensor import QTensor
 from ...core.quantizer import Quant
 from ...core.scale import AbsMax, MinMax
-from ..whole import integers, sharing
+from ..integers import integers, sharing
 
 NAME = "torchao"
 MIXED = "mixed"

@@ -22,7 +22,7 @@ from ...core.error import FormatError
 from ...core.grain import Block, Grain, Group, PerChannel, PerTensor
 from ...core.grid import Uniform
 from ...core.qtensor import QTensor
-from ..whole import each, integers, sharing
+from ..integers import each, integers, sharing
 from .fitting import NAME, Kind
 
 CLASS = "IntxUnpackedToInt8Tensor"
