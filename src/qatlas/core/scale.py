@@ -106,13 +106,13 @@ class Scale(Noun):
             return self.nest(s).dequantize().to(s.dtype).unsqueeze(-1)
         if self.dtype == "float32":
             return s
-        return _round(s, self.dtype)
+        return rounded(s, self.dtype)
 
     def cast_offset(self, m: Tensor) -> Tensor:
         """The offset as it will be stored, in the type of m."""
         if self.offset_nested is not None:
             return self.nest_offset(m).dequantize().to(m.dtype).unsqueeze(-1)
-        return m if self.offset_dtype == "float32" else _round(m, self.offset_dtype)
+        return m if self.offset_dtype == "float32" else rounded(m, self.offset_dtype)
 
     def nest(self, s: Tensor) -> QTensor:
         """The steps as a quantized tensor, by the Quant `nested`. A step that would become zero takes the smallest value above zero instead: a place
@@ -294,7 +294,8 @@ class Learned(Scale):
         return self.start.measure(x, grid)
 
 
-def _round(t: Tensor, dtype: str) -> Tensor:
+def rounded(t: Tensor, dtype: str) -> Tensor:
+    """The nearest numbers of a stored type, in the type of t; beyond its end the end."""
     kind = getattr(torch, dtype)
     return t.clamp(-torch.finfo(kind).max, torch.finfo(kind).max).to(kind).to(t.dtype)
 
