@@ -13,7 +13,7 @@ import contextlib
 import io
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
     """
     if lacks():
         raise FormatError(str(lacks()))
-    groups, tensors = _groups(path), _tensors(path)
+    groups, tensors = _groups(path), tensors_of(path)
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
@@ -61,7 +61,7 @@ def model(path: str | Path) -> nn.Module | str:
 
     if lacks():
         return str(lacks())
-    config = _json(path)
+    config = config_of(path)
     groups = config["quantization_config"]["config_groups"]
     hard = {name for name, group in groups.items() if "fp4" in group["format"] or ("pack" in group["format"] and not group["weights"]["symmetric"])}
     if hard and len(groups) > 1:
@@ -101,12 +101,12 @@ def _groups(path: str | Path) -> dict[str, Any]:
     from compressed_tensors.quantization import QuantizationConfig
 
     try:
-        return dict(QuantizationConfig.model_validate(_json(path)["quantization_config"]).config_groups)
+        return dict(QuantizationConfig.model_validate(config_of(path)["quantization_config"]).config_groups)
     except ValueError as error:
         raise FormatError(f"{path}/config.json has a quantization_config that {NAME} refuses: {error}") from None
 
 
-def _json(path: str | Path) -> dict[str, Any]:
+def config_of(path: str | Path) -> dict[str, Any]:
     file = Path(path) / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -121,15 +121,38 @@ def _json(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def _tensors(path: str | Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def tensors_of(path: str | Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """The tensors of model.safetensors, or of the shards that its index lists, by their names in the file.
 
-    file = Path(path) / "model.safetensors"
+    Raises:
+        FormatError: no such file, a truncated one, or an index that points outside of the directory.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    out: dict[str, Tensor] = {}
+    for file in _shards(Path(path)):
+        try:
+            with safe_open(str(file), "pt") as data:
+                names = [name for name in data.keys() if wanted(name)]  # noqa: SIM118
+                if double := sorted(set(names) & set(out)):
+                    raise FormatError(f"{file} holds {double[0]}, which another file of {path} holds too")
+                out |= {name: data.get_tensor(name) for name in names}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise FormatError(f"{file} is no whole safetensors file: {error}. It is truncated or of another kind; write it anew") from None
+    return out
+
+
+def _shards(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").is_file() or not index.is_file():
+        return [path / "model.safetensors"]
     try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FormatError(f"{file} is no whole safetensors file: {error}. It is truncated or of another kind; write it anew") from None
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{index} cannot be read ({error!r}); copy or write it anew") from None
+    if wrong := [name for name in names if Path(str(name)).name != name or not str(name).endswith(".safetensors")]:
+        raise FormatError(f"{index} lists {wrong[0]!r}, which is no safetensors file beside it")
+    return [path / name for name in names]
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ q2_k, q3_k, q4_k, q5_k, q6_k; mxfp4.
     file.py                write, read
     llamacpp.py            ask llama.cpp itself
     readers.py             what others read in a file
+    qtensors.py            anyone's file as QTensors, and its config
 
 The weights that a reader gives back are `QTensor.dequantize()`, bit for bit. What llama.cpp then computes with them is close but not equal: it also
 quantizes the activations, to 8 bits in groups of 32 (Q4_0, Q8_0 ...) or 256 (TQ and K types); GGUF cannot say otherwise. docs/ and the tests state
@@ -18,8 +19,9 @@ how close.
 
 from .file import plan, read, types, write
 from .fitting import TARGETS, fit, why_not
+from .qtensors import config, holds, qtensors
 from .readers import engine, logits
 
 SUFFIX = "gguf"
 
-__all__ = ["SUFFIX", "TARGETS", "engine", "fit", "logits", "plan", "read", "types", "why_not", "write"]
+__all__ = ["SUFFIX", "TARGETS", "config", "engine", "fit", "holds", "logits", "plan", "qtensors", "read", "types", "why_not", "write"]
