@@ -28,6 +28,7 @@ from .export import files
 from .export import target as find_target
 from .keep import export, folder, place, size
 from .model.coverage import describe
+from .model.foreign import told as told_foreign
 from .model.pack import pack
 from .model.verify import verify
 from .prepare import Job, prepare
@@ -68,7 +69,9 @@ def run(name: str, arguments: dict[str, Any], job: Job, command: str = "", say: 
     torch.manual_seed(job.seed)
     with _timed(record, "load"):
         say(f"loading {job.model}")
-        model, tokenizer, task = prepare(job, control)
+        if note := told_foreign(job.model):
+            say(note)
+        model, tokenizer, task = prepare(job, control, train=True)
     record.fingerprint = task.fingerprint
     with _timed(record, "full precision"):
         say("judging it in full precision")
@@ -101,7 +104,7 @@ def _compare(record: Record, stage: str, name: str, arguments: dict[str, Any], j
     control.tactics = (Watch(record, 0),)
     torch.manual_seed(job.seed)
     with _timed(record, stage):
-        model, _, task = prepare(job, control)
+        model, _, task = prepare(job, control, train=True)
         model = papers.paper(name)(model, task, **arguments)
         record.scores[stage] = evaluate(model, task)
 
@@ -148,14 +151,15 @@ def plan(name: str, arguments: dict[str, Any], job: Job) -> dict[str, Any]:
     control = Run(None, seed=job.seed, precision=job.precision, micro=job.micro)
     control.plan = True
     torch.manual_seed(job.seed)
-    model, _, task = prepare(job, control)
+    model, _, task = prepare(job, control, train=True)
     parameters = sum(p.numel() for p in model.parameters())       # before scales are added
     try:
         paper(model, task, **arguments)
     except Planned as stop:
         cover = describe(model)
         held = f"none: {job.target} holds every tensor" if job.target else "none: no target is asked for"
-        return {"model": job.model, "parameters": parameters, "target": job.target or "the packed directory",
+        note = told_foreign(job.model)
+        return {"model": job.model, **({"start": note} if note else {}), "parameters": parameters, "target": job.target or "the packed directory",
                 "refusals": held, "bits": round(cover.bits, 3), "coverage": cover.table(), **stop.estimate}
     raise RunError(f"the paper {name} trains nothing, so there is nothing to plan")
 

@@ -16,7 +16,7 @@ from .core.error import CheckpointError, DataError, RuleError, unknown
 from .core.noun import from_json
 from .export import Checkpoint
 from .export import target as find_target
-from .model.load import load, speciality
+from .model.load import load, speciality, start
 from .model.probe import undisturbed
 from .train.labelled import Classification, Images
 from .train.run import Run
@@ -30,7 +30,7 @@ class Job:
     """What all papers share.
 
     Args:
-        model: a hub id, a directory, or zoo:gpt, zoo:vit, zoo:resnet.
+        model: a hub id, a directory, a GGUF file, or zoo:gpt, zoo:vit, zoo:resnet. A quantized one (compressed-tensors, GGUF) starts dequantized.
         data: a hub id, a file (.txt .md .jsonl .json .csv .parquet .npz), or builtin:docs.
         task: lm, chat, classification or image; auto looks at the model.
         out: the directory of all that the run leaves behind.
@@ -68,8 +68,8 @@ class Job:
     plan: bool = False
 
 
-def prepare(job: Job, control: Run) -> tuple[nn.Module, Any, Task]:
-    """The model, its tokenizer and the task of a job.
+def prepare(job: Job, control: Run, train: bool = False) -> tuple[nn.Module, Any, Task]:
+    """The model, its tokenizer and the task of a job. train: what others have quantized comes in full precision (`load.start`), not packed.
 
     Raises:
         DataError: a task that does not exist, or that the model has no tokenizer for. CheckpointError: a model that cannot be loaded, or holds NaN.
@@ -79,7 +79,7 @@ def prepare(job: Job, control: Run) -> tuple[nn.Module, Any, Task]:
         raise DataError(unknown("task", job.task, [*TASKS, "auto"]))
     rules = read_rules(job.rules)
     kind = speciality(job.model) if job.task == "auto" else job.task
-    model, tokenizer = load(job.model, "lm" if kind == "chat" else kind)
+    model, tokenizer = (start if train else load)(job.model, "lm" if kind == "chat" else kind)
     broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     if broken:
         raise CheckpointError(f"{job.model} holds NaN or infinity in {len(broken)} tensors, for instance {broken[0]}; nothing can be trained from it")

@@ -1,16 +1,15 @@
-"""GGUF in the other direction: what we wrote, what the gguf package quantized, and random bytes, as QTensors, bit for bit; what is wrong is refused."""
+"""GGUF in the other direction: what we wrote, what the gguf package wrote, and random bytes, as QTensors, bit for bit; what is wrong is refused."""
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from tiny_llama import MATRICES, checkpoint, llama
+from by_package import file as by_package
+from tiny_llama import checkpoint, llama
 
 from qatlas.core.error import FormatError
 from qatlas.core.qtensor import QTensor
 from qatlas.export.gguf import TARGETS, config, holds, qtensors, read, write
-from qatlas.export.gguf import llama as names
-from qatlas.export.gguf.layout import LAYOUTS
 
 BLOCKS = [name for name, quant in TARGETS.items() if quant is not None]
 SMALL = {"num_hidden_layers": 1}
@@ -26,49 +25,6 @@ def equal(ours, theirs):
 
 def blocks(path):
     return {t.name: (t.tensor_type, t.data.tobytes()) for t in gguf.GGUFReader(path).tensors}
-
-
-def by_package(path, model, kind, head=True, keys=(), extra=None):
-    """The model as the gguf package writes it: matrices quantized by gguf.quantize, or random bytes where it has no quantizer."""
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in {**names.numbers(model.config.to_dict()), **dict(keys)}.items():
-        {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](key, value)
-    draw = np.random.default_rng(0)
-    heads = model.config.num_attention_heads, model.config.num_key_value_heads
-    for hf, weight in model.state_dict().items():
-        name, matrix = names.to_gguf(hf), hf.split(".")[-2] in MATRICES
-        if name == "output.weight" and not head:
-            continue
-        count = names.heads_of(name, *heads)
-        rows = (weight if count is None else names.permute(weight, count)).numpy()
-        if not matrix:
-            writer.add_tensor(name, rows.astype(np.float32))
-            continue
-        raw = gguf.GGMLQuantizationType[kind]
-        try:
-            data = gguf.quantize(rows, raw)
-        except NotImplementedError:
-            data = noise(draw, rows.shape, kind)
-        writer.add_tensor(name, data, raw_dtype=raw)
-    for name, data in (extra or {}).items():
-        writer.add_tensor(name, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def noise(draw, shape, kind):
-    """Random blocks with steps that are numbers: llama.cpp's own quantizers can write any of them."""
-    layout = LAYOUTS[kind.lower()]
-    data = draw.integers(0, 256, (shape[0], shape[1] // layout.size, sum(layout.widths().values())), dtype=np.uint8)
-    at = 0
-    for name, width in layout.widths().items():
-        if name in "dm":
-            data[..., at : at + 2] = (draw.standard_normal(data.shape[:2]).astype(np.float16) / 100)[..., None].view(np.uint8)
-        at += width
-    return data.reshape(shape[0], -1)
 
 
 @pytest.mark.parametrize("kind", BLOCKS)

@@ -1,4 +1,4 @@
-"""The other direction: a GGUF file, ours or anyone's, as QTensors under Hugging Face names, and the config of its model: the start of further training.
+"""The other direction: a GGUF file, ours or anyone's, as QTensors under Hugging Face names, and the config of its model: where training can go on.
 
 Each tensor of a type of layout.py becomes a QTensor in the block's own form, rows of q and k back in Hugging Face order, whole, with their codes and
 steps; F32, F16 and BF16 stay as they are. `QTensor.dequantize()` is what `gguf.dequantize` gives, bit for bit. What has no such form is refused by
@@ -7,7 +7,7 @@ block with a fourth value (TQ2_0 code 3), a model in several files, experts, ste
 
 The config is made from the header, as llama.py makes the header from a config. transformers has a reader for that too; it passes over rotary scaling,
 biases and the numbers of rope_freqs.weight, which would be another model with the same weights. Of rope_freqs.weight we say which Llama 3 scaling
-it is, by trying those that were published (and comparing every number), and refuse it otherwise. The numbers of a header are fp32; the config gets the
+it is, by trying those that were published (and comparing every number), and refuse it otherwise. Numbers of a header are fp32; the config gets the
 shortest decimal that is the same fp32 number (1e-05, not 9.999999747378752e-06).
 """
 
@@ -156,7 +156,7 @@ def _tensor(where: str, tensor: Any) -> Tensor:
     kind = tensor.tensor_type.name
     if kind.lower() not in LAYOUTS and kind not in PLAIN:
         raise FormatError(f"{where} is of type {kind}, whose values are no grid of ours times a step; qatlas reads "
-                          f"{', '.join([*PLAIN, *(layout.type for layout in LAYOUTS.values())])}. Quantize the model to one of these, or dequantize it")
+                          f"{', '.join([*PLAIN, *(layout.type for layout in LAYOUTS.values())])}. Quantize the model to one of these")
     data = torch.from_numpy(np.array(tensor.data))
     if kind == "BF16":
         data = data.contiguous().view(torch.bfloat16)
