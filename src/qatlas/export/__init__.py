@@ -28,6 +28,7 @@ and, where others' artefacts are the start of further training,
                  form is a FormatError that names the file, the tensor and what was found
     inputs       artefact -> layer -> Signal, for a format that says how inputs are quantized
     config       artefact -> config.json as a dict, for a format that has no such file
+    tokenizer    artefact -> the tokenizer that it holds itself, or None
 
 It is found by listing this folder: `target("gguf:q4_0")` is the module gguf and its target q4_0. There is no registry.
 """

@@ -182,15 +182,11 @@ def _told(error: Exception, told: str) -> str:
 
 
 def _vocabulary(path: Path, task: str) -> Any:
-    """The tokenizer of a foreign artefact: what lies beside it, else what its header says."""
-    import transformers
-
+    """The tokenizer of a foreign artefact: what lies beside it, else what the artefact itself says."""
     if path.is_dir() or any((path.parent / name).is_file() for name in pack.TOKENIZER):
         return _tokenizer(str(path if path.is_dir() else path.parent), task)
-    try:
-        return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except Exception:                                             # a header without a vocabulary, or one that transformers cannot read
-        return None
+    form = readable()[str(holder(path))]
+    return form.tokenizer(path) if hasattr(form, "tokenizer") else None
 
 
 def _tokenizer(where: str, task: str) -> Any:

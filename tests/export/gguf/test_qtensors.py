@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 from by_package import file as by_package
-from tiny_llama import checkpoint, llama
+from tiny_llama import TEXT, checkpoint, llama
 
 from qatlas.core.error import FormatError
 from qatlas.core.qtensor import QTensor
-from qatlas.export.gguf import TARGETS, config, holds, qtensors, read, write
+from qatlas.export.gguf import TARGETS, config, holds, qtensors, read, tokenizer, write
 
 BLOCKS = [name for name, quant in TARGETS.items() if quant is not None]
 SMALL = {"num_hidden_layers": 1}
@@ -73,6 +73,25 @@ def test_the_scaling_of_llama_3_is_found_by_its_factors(factor, tmp_path):
                "original_max_position_embeddings": 8192}
     model = llama(rope_parameters=scaling, **SMALL)
     assert config(write(checkpoint(model, TARGETS["q8_0"]), tmp_path / "m.gguf", "q8_0"))["rope_parameters"] == scaling
+
+
+@pytest.mark.parametrize("kind", ["tokenizer_dir", "sentences_dir", None])
+def test_the_tokenizer_of_the_header_gives_the_same_ids(kind, request, tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = None if kind is None else request.getfixturevalue(kind)
+    path = write(checkpoint(llama(vocab_size=330, **SMALL), TARGETS["q8_0"], folder), tmp_path / "m.gguf", "q8_0")
+    if kind is None:
+        assert tokenizer(path) is None
+        return
+    own, found = AutoTokenizer.from_pretrained(folder), tokenizer(path)
+    assert [own(text)["input_ids"] for text in TEXT] == [found(text)["input_ids"] for text in TEXT]
+
+
+def test_a_vocabulary_that_cannot_be_read_is_refused(tmp_path):
+    path = by_package(tmp_path / "m.gguf", llama(**SMALL), "Q8_0", keys={"tokenizer.ggml.model": "nobodys", "general.name": "x"}.items())
+    with pytest.raises(FormatError, match="kind 'nobodys'"):
+        tokenizer(path)
 
 
 def refused(path):

@@ -71,8 +71,8 @@ def qtensors(path: str | Path) -> dict[str, QTensor | Tensor]:
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
         if f"{layer}.weight_scale" not in tensors:
-            if part == "weight" and layer in schemes:
-                raise FormatError(f"{path}: {layer} is quantized by config.json, and the file has its weight without weight_scale")
+            if part in PARTS and layer in schemes:
+                raise FormatError(f"{path}: {layer} is quantized by config.json, and the file has its {part} without weight_scale")
             out[name] = tensor
         elif part.startswith("weight"):
             parts.setdefault(layer, {})[part] = tensor
@@ -202,8 +202,7 @@ def _zeros(where: str, part: dict[str, Tensor], codes: Tensor, bits: int) -> Ten
     """Zeros as the steps, signed; None where all are 0."""
     zero, scale, half = part["weight_zero_point"], part["weight_scale"], 2 ** (bits - 1)
     if zero.dtype == torch.int32 and "weight_packed" in part and scale.dim() == 2:
-        z = from_words(f"{where}.weight_zero_point, transposed,", zero.T.contiguous(), bits, (scale.shape[1], codes.shape[0])).T.float() - half
-        return z if z.shape == scale.shape else z.expand(scale.shape)
+        return from_words(f"{where}.weight_zero_point, transposed,", zero.T.contiguous(), bits, (scale.shape[1], codes.shape[0])).T.float() - half
     if zero.is_floating_point() or zero.shape != scale.shape:
         raise FormatError(f"{where}.weight_zero_point is {zero.dtype} of shape {tuple(zero.shape)}, and weight_scale has shape {tuple(scale.shape)}")
     z = zero.float()
@@ -218,7 +217,7 @@ def _joined(where: str, codes: Tensor, part: dict[str, Tensor], said: dict[str, 
     if scale.dtype not in STEPS or not bool(torch.isfinite(scale).all()):
         raise FormatError(f"{where}.weight_scale is {scale.dtype}" + (", with NaN or infinity" if scale.dtype in STEPS else ""))
     grain, shape = _grain(where, tuple(codes.shape), tuple(scale.shape), said)
-    if zero is not None and (said.get("symmetric", True) and bool(zero.any())):
+    if zero is not None and said.get("symmetric", True) and bool(zero.any()):
         raise FormatError(f"{where} is said to be symmetric, and its weight_zero_point is not zero")
     zero = None if zero is None or said.get("symmetric", True) else zero.reshape(shape).contiguous()
     return QTensor(codes, scale.float().reshape(shape), zero, None, grid, grain, STEPS[scale.dtype])

@@ -19,9 +19,9 @@ how close.
 
 from .file import plan, read, types, write
 from .fitting import TARGETS, fit, why_not
-from .qtensors import config, holds, qtensors
+from .qtensors import config, holds, qtensors, tokenizer
 from .readers import engine, logits
 
 SUFFIX = "gguf"
 
-__all__ = ["SUFFIX", "TARGETS", "config", "engine", "fit", "holds", "logits", "plan", "qtensors", "read", "types", "why_not", "write"]
+__all__ = ["SUFFIX", "TARGETS", "config", "engine", "fit", "holds", "logits", "plan", "qtensors", "read", "tokenizer", "types", "why_not", "write"]

@@ -99,6 +99,23 @@ def config(path: str | Path) -> dict[str, Any]:
     return said | {"rope_parameters": {"rope_theta": base, **_rotary(path, reader, said | {"rope_theta": base})}}
 
 
+def tokenizer(path: str | Path) -> Any:
+    """The tokenizer of the header, as transformers reads it; None where the header has none. (Its ids are those of the tokenizers that we write.)
+
+    Raises:
+        FormatError: a vocabulary that transformers cannot read.
+    """
+    from transformers import AutoTokenizer
+
+    if (kind := field(_opened(path), "tokenizer.ggml.model")) in (None, "none", "no_vocab"):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(Path(path).parent, gguf_file=Path(path).name, local_files_only=True)
+    except Exception as error:                                    # what it raises differs from vocabulary to vocabulary
+        raise FormatError(f"{path} has a vocabulary of kind {kind!r} that transformers cannot read ({str(error)[:200]}); "
+                          "put tokenizer.json of the model beside the file") from error
+
+
 def _opened(path: str | Path) -> Any:
     """The reader of a whole Llama file."""
     reader = open_file(path)
