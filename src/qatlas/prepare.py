@@ -30,7 +30,7 @@ class Job:
     """What all papers share.
 
     Args:
-        model: a hub id, a directory, a GGUF file, or zoo:gpt, zoo:vit, zoo:resnet. A quantized one (compressed-tensors, GGUF) starts dequantized.
+        model: a hub id, a directory, a GGUF file, or zoo:gpt, zoo:vit, zoo:resnet. What others have quantized starts dequantized.
         data: a hub id, a file (.txt .md .jsonl .json .csv .parquet .npz), or builtin:docs.
         task: lm, chat, classification or image; auto looks at the model.
         out: the directory of all that the run leaves behind.

@@ -228,8 +228,9 @@ def _grain(where: str, shape: tuple[int, ...], steps: tuple[int, ...], said: dic
     size = said.get("group_size")
     plain = "group" if size and size > 0 else "channel" if size == -1 else "tensor"
     strategy = said.get("strategy") or plain
-    block = said.get("block_structure") or ()
+    block = list(said.get("block_structure") or [])
     grain: Grain | None = None
+    want: tuple[int, ...] = ()
     if strategy == "tensor":
         grain, want = PerTensor(), (1,)
         steps = (1,) if steps in ((), (1,), (1, 1)) else steps
@@ -241,7 +242,7 @@ def _grain(where: str, shape: tuple[int, ...], steps: tuple[int, ...], said: dic
     elif strategy == "block" and len(block) == 2 and min(block) > 0 and shape[0] % block[0] == 0 == shape[1] % block[1]:
         grain, want = Block(*block), (shape[0] // block[0], shape[1] // block[1])
     if grain is None:
-        raise FormatError(f"{where}: one step a {strategy} (group_size {size}, block_structure {list(block)}) of a weight {shape} has no QTensor "
+        raise FormatError(f"{where}: one step a {strategy} (group_size {size}, block_structure {block}) of a weight {shape} has no QTensor "
                           "form; groups and blocks must divide it")
     if steps != want:
         raise FormatError(f"{where}.weight_scale has shape {steps}; one step a {strategy} of a weight {shape} has {want}")
