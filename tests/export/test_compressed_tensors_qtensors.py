@@ -187,6 +187,16 @@ def test_what_the_config_says_and_cannot_be_kept_is_refused(case, tmp_path):
 
 
 @there
+def test_steps_of_inputs_that_the_config_does_not_quantize_are_refused(tmp_path):
+    path = by_package(tmp_path / "theirs", THEIRS["fp8"], **ONE)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = None
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match="input_scale, and config.json quantizes no input there"):
+        form.inputs(path)
+
+
+@there
 @pytest.mark.parametrize("bits", [3, 5, 6, 7])
 def test_the_packing_of_earlier_versions_is_refused_by_name(bits, tmp_path):
     path = by_package(tmp_path / "theirs", [(PACK, args(bits, strategy="channel"), None, ["Linear"])], **ONE)

@@ -101,6 +101,8 @@ def inputs(path: str | Path) -> dict[str, Signal]:
         if group.get("input_activations"):
             found = {part: tensors[name] for part in ("input_scale", "input_zero_point") if (name := f"{layer}.{part}") in tensors}
             out[layer] = _signal(f"{path}: the input of {layer}", group["input_activations"], found)
+    if lost := [name for name in tensors if name.rpartition(".")[0] not in out]:
+        raise FormatError(f"{path} holds {lost[0]}, and config.json quantizes no input there; the files are not of one save")
     return out
 
 
