@@ -61,6 +61,16 @@ def test_the_main_job_ends_well_with_every_proof(made):
     assert all(proof["passed"] for proof in proofs), proofs
 
 
+def test_a_quantized_file_is_a_start_in_full_precision_and_says_so(made, text_file, tmp_path, capsys):
+    file = Path(shutil.copy(made[0] / "exports" / "gguf-q4_0" / "model.gguf", tmp_path))
+    flags = ["--model", str(file), "--data", str(text_file), *FLAGS, "--steps", "2"]
+    assert main(["run", "lsq", *flags, "--plan"]) == 0
+    assert "training starts in full precision from its dequantized weights" in capsys.readouterr().out
+    assert main(["run", "lsq", *flags, "--bits", "3"]) == 0
+    assert "training starts in full precision from its dequantized weights" in capsys.readouterr().err
+    assert main(["eval", str(file), "--data", str(text_file), "--length", "32"]) == 0 and "perplexity" in capsys.readouterr().out
+
+
 def test_what_a_run_leaves_behind(made):
     out, _ = made
     left = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}

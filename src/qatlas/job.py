@@ -29,6 +29,7 @@ from .export import target as find_target
 from .keep import export, folder, place, size
 from .model.coverage import describe
 from .model.exportable import holders
+from .model.foreign import told as told_foreign
 from .model.pack import pack
 from .model.verify import verify
 from .prepare import Job, prepare
@@ -69,7 +70,9 @@ def run(name: str, arguments: dict[str, Any], job: Job, command: str = "", say: 
     torch.manual_seed(job.seed)
     with _timed(record, "load"):
         say(f"loading {job.model}")
-        model, tokenizer, task = prepare(job, control, say)
+        if note := told_foreign(job.model):
+            say(note)
+        model, tokenizer, task = prepare(job, control, say, train=True)
     record.fingerprint = task.fingerprint
     with _timed(record, "full precision"):
         say("judging it in full precision")
@@ -102,7 +105,7 @@ def _compare(record: Record, stage: str, name: str, arguments: dict[str, Any], j
     control.tactics = (Watch(record, 0),)
     torch.manual_seed(job.seed)
     with _timed(record, stage):
-        model, _, task = prepare(job, control)
+        model, _, task = prepare(job, control, train=True)
         model = papers.paper(name)(model, task, **arguments)
         record.scores[stage] = evaluate(model, task)
 
@@ -152,7 +155,7 @@ def plan(name: str, arguments: dict[str, Any], job: Job) -> dict[str, Any]:
     control = Run(None, seed=job.seed, precision=job.precision, micro=job.micro)
     costs = control.plan = []
     torch.manual_seed(job.seed)
-    (model, _, task), loading = _clocked(lambda: prepare(job, control))
+    (model, _, task), loading = _clocked(lambda: prepare(job, control, train=True))
     parameters = sum(p.numel() for p in model.parameters())       # before scales are added
     _, full = _clocked(lambda: evaluate(model, task))
     model, own = _clocked(lambda: paper(model, task, **arguments))
@@ -165,8 +168,9 @@ def plan(name: str, arguments: dict[str, Any], job: Job) -> dict[str, Any]:
     times = 2 + ((steps - 1) // job.watch if job.watch else 0)    # before the first step, along the way, after the last
     held = f"none: {job.target} holds every tensor" if job.target else "none: no target is asked for"
     also = ", ".join(name for name in holders(model) if name != job.target)
-    return {"model": job.model, "parameters": parameters, "target": job.target or "the packed directory", "refusals": held,
-            "other targets": also or "none holds all of these numbers",
+    note = told_foreign(job.model)
+    return {"model": job.model, **({"start": note} if note else {}), "parameters": parameters,
+            "target": job.target or "the packed directory", "refusals": held, "other targets": also or "none holds all of these numbers",
             "bits": round(cover.bits, 3), "coverage": cover.table(), "signals": cover.inside(),
             "phases": ", ".join(f"{cost.steps} steps" for cost in costs), "steps": steps, "tokens": sum(cost.tokens for cost in costs),
             "seconds a step": training / steps, "training": training, "judging": full + times * judging,

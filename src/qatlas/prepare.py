@@ -18,7 +18,7 @@ from .core.noun import from_json
 from .export import Checkpoint
 from .export import target as find_target
 from .model.fold import fold
-from .model.load import load, speciality
+from .model.load import load, speciality, start
 from .model.probe import undisturbed
 from .train import data
 from .train.chat import Chat
@@ -34,7 +34,7 @@ class Job:
     """What all papers share.
 
     Args:
-        model: a hub id, a directory, or zoo:gpt, zoo:vit, zoo:resnet.
+        model: a hub id, a directory, a GGUF file, or zoo:gpt, zoo:vit, zoo:resnet. What others have quantized starts dequantized.
         data: a hub id, a file (.txt .md .jsonl .json .csv .parquet .npz), or builtin:docs.
         task: lm, chat, classification or image; auto looks at the model.
         out: the directory of all that the run leaves behind.
@@ -74,8 +74,9 @@ class Job:
     plan: bool = False
 
 
-def prepare(job: Job, control: Run, say: Callable[[str], None] = lambda line: None) -> tuple[nn.Module, Any, Task]:
-    """The model, its tokenizer and the task of a job. `say` is told what was chosen on the way.
+def prepare(job: Job, control: Run, say: Callable[[str], None] = lambda line: None, train: bool = False) -> tuple[nn.Module, Any, Task]:
+    """The model, its tokenizer and the task of a job. `say` is told what was chosen on the way. train: what others have quantized comes in full
+    precision (`load.start`), not packed.
 
     Raises:
         DataError: a task that does not exist, or that the model has no tokenizer for. CheckpointError: a model that cannot be loaded, or holds NaN.
@@ -86,7 +87,7 @@ def prepare(job: Job, control: Run, say: Callable[[str], None] = lambda line: No
     rules = read_rules(job.rules)
     data.present(job.data)
     kind = speciality(job.model) if job.task == "auto" else job.task
-    model, tokenizer = load(job.model, "lm" if kind == "chat" else kind)
+    model, tokenizer = (start if train else load)(job.model, "lm" if kind == "chat" else kind)
     broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     if broken:
         raise CheckpointError(f"{job.model} holds NaN or infinity in {len(broken)} tensors, for instance {broken[0]}; nothing can be trained from it")

@@ -13,6 +13,7 @@ Composites answer to the same `dequantize()`: `Masked` takes each element from o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +145,11 @@ class Stacked:
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.nbytes() for part in self.parts)
+
+
+def straight(x: Tensor, to: Callable[[Tensor], Tensor]) -> Tensor:
+    """to(x), bit for bit, with the gradient of x itself: how a step is rounded to the type in which it is stored."""
+    return to(x.detach()) + (x - x.detach())
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

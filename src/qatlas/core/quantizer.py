@@ -115,6 +115,11 @@ class Quantizer(nn.Module):
         self._seen: list[Tensor] | None = None
 
     @property
+    def formula(self) -> Quant:
+        """The Quant by which values and gradients are computed from a place; a subclass whose `place` is stored in another way says another."""
+        return self.quant
+
+    @property
     def ready(self) -> bool:
         """Whether a forward is possible."""
         if getattr(self.quant.grid, "signed", True) is None:      # no state dict says it: calibration must
@@ -128,6 +133,11 @@ class Quantizer(nn.Module):
         if not torch.isfinite(view).all():
             raise QuantError(f"a tensor of shape {tuple(x.shape)} holds NaN or infinity; a scale measured on it would spoil the layer")
         return self._hold(self.quant.measure(view))
+
+    @torch.no_grad()
+    def start(self, stored: QTensor) -> Quantizer:
+        """Take the start of step, zero and offset from a stored tensor, as they are; nothing is measured."""
+        return self._hold(Place.of(stored.steps, stored.zero, stored.offsets, stored.steps.dtype))
 
     def observe(self, on: bool = True) -> None:
         """From now on let x pass and remember a sample of it; `settle` ends this, `observe(False)` ends it without a result."""
@@ -177,7 +187,7 @@ class Quantizer(nn.Module):
         if self._seen is not None:
             self._remember(x)
             return x
-        quant = self.quant
+        quant = self.formula
         view = quant.grain.view(working(x))
         stateless = known is not None and quant.scale.keeps == "nothing" and quant.scale.gradient != "statistic"
         place = known.place if known is not None and stateless else self.place(view)
@@ -192,14 +202,14 @@ class Quantizer(nn.Module):
         """The values of x and their place, for later forwards of the same x."""
         view = self.quant.grain.view(working(x))
         place = self.place(view)
-        y, _, _ = forward(view, place, None if shift is None else self.quant.grain.view(shift), self.quant)
+        y, _, _ = forward(view, place, None if shift is None else self.quant.grain.view(shift), self.formula)
         return Known(self.quant.grain.back(y, x.shape).to(x.dtype), place)
 
     @torch.no_grad()
     def quantize(self, x: Tensor, shift: Tensor | None = None) -> QTensor:
         """The codes and scales of x; `.dequantize()` equals `forward(x)` bit for bit in fp32."""
         view = self.quant.grain.view(working(x))
-        return pack(view, self.place(view), None if shift is None else self.quant.grain.view(shift), self.quant, tuple(x.shape))
+        return pack(view, self.place(view), None if shift is None else self.quant.grain.view(shift), self.formula, tuple(x.shape))
 
     @torch.no_grad()
     def hard(self, x: Tensor, shift: Tensor | None = None) -> Tensor:

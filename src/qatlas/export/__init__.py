@@ -28,6 +28,16 @@ and where they make sense
     answers      file, inputs, engine -> the logits that it computes
     unused       file -> tensors that the computation does not use, and quantizers of activations that it leaves out
 
+and, where others' artefacts are the start of further training,
+
+    holds        path -> whether the artefact is of this format, by its config or its first bytes alone
+    qtensors     artefact -> Hugging Face name -> QTensor or Tensor: codes and steps as they are, `QTensor.dequantize()` bit for bit what the format's
+                 own decode returns, plain tensors as they are. The file is not trusted: lengths, shapes and indices are checked, and what has no such
+                 form is a FormatError that names the file, the tensor and what was found
+    inputs       artefact -> layer -> Signal, for a format that says how inputs are quantized
+    config       artefact -> config.json as a dict, for a format that has no such file
+    tokenizer    artefact -> the tokenizer that it holds itself, or None
+
 It is found by listing this folder: `target("gguf:q4_0")` is the module gguf and its target q4_0. There is no registry.
 """
 
@@ -41,7 +51,7 @@ from types import ModuleType
 from ..core.error import FormatError, unknown
 from .checkpoint import Checkpoint
 
-__all__ = ["Checkpoint", "files", "formats", "named", "place", "target", "targets"]
+__all__ = ["Checkpoint", "files", "formats", "holder", "named", "place", "readable", "target", "targets"]
 
 
 def formats() -> list[str]:
@@ -83,6 +93,21 @@ def target(name: str) -> tuple[ModuleType, str]:
     if kind not in module.TARGETS:
         raise FormatError(unknown("target", name, [f"{form}:{known}" for known in module.TARGETS]))
     return module, kind
+
+
+def readable() -> dict[str, ModuleType]:
+    """The formats whose artefacts training can start from.
+
+    >>> "gguf" in readable(), "onnx" in readable()
+    (True, False)
+    """
+    found = {form: importlib.import_module(f"{__name__}.{form.replace('-', '_')}") for form in formats()}
+    return {form: module for form, module in found.items() if hasattr(module, "qtensors")}
+
+
+def holder(path: str | Path) -> str | None:
+    """The format of an artefact that training can start from, or None: each format is asked."""
+    return next((form for form, module in readable().items() if module.holds(path)), None)
 
 
 def place(folder: Path, name: str) -> Path:

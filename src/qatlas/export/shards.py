@@ -60,7 +60,7 @@ def shards(path: str | Path) -> list[Path]:
         if gone := [file.name for file in found if not file.is_file()]:
             raise FormatError(f"{path} lacks {', '.join(gone)}, which its index names; the copy is not complete")
         return found
-    found = [path / "model.safetensors"] if (path / "model.safetensors").is_file() else sorted(path.glob("*.safetensors"))
+    found = [path / "model.safetensors"] if (path / "model.safetensors").is_file() else sorted(filter(Path.is_file, path.glob("*.safetensors")))
     if not found:
         pickles = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in path.glob(kind))
         raise FormatError(f"{path} has no model.safetensors" + (f", only {', '.join(pickles[:3])}: pickle files are never opened; convert them to "

@@ -7,6 +7,7 @@ before fast. Its `to_meta` says in JSON all that its tensors do not, and `from_m
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.noun import from_json
-from ..core.qtensor import QTensor, pack_bits, unpack_bits
+from ..core.qtensor import QTensor, pack_bits, straight, unpack_bits
 from ..core.quantizer import Quantizer
+from ..core.stored import rounded
 from .quantized import Layer, Quantized, Slots
 
 
@@ -40,9 +42,9 @@ class Store(nn.Module):
             self.register_buffer(name, None if value is None else value.detach().float().clone())
 
     def qtensor(self) -> QTensor:
-        """The QTensor, its scale still on the graph."""
+        """The QTensor, its scale still on the graph, rounded to the type in which it is stored (training moves it between two such numbers)."""
         codes = unpack_bits(self.codes, self.grid.bits, self.shape)
-        scale = self.scale.qtensor() if isinstance(self.scale, Store) else self.scale
+        scale = self.scale.qtensor() if isinstance(self.scale, Store) else straight(self.scale, partial(rounded, dtype=self.scale_dtype))
         offset = self.offset.qtensor() if isinstance(self.offset, Store) else self.offset
         return QTensor(codes, scale, self.zero, offset, self.grid, self.grain, self.scale_dtype)
 
@@ -82,6 +84,19 @@ class Packed(Layer):
         packed.input_quantizer, packed.output_quantizer = layer.input_quantizer, layer.output_quantizer
         packed.transform, packed.adapter, packed.norm = layer.transform, layer.adapter, layer.norm
         return packed.train(layer.training)
+
+    @classmethod
+    def holding(cls, q: QTensor, module: nn.Module, slots: Slots) -> Any:
+        """From codes that were not trained here, in the place of a full-precision module of the same operation; slots say what the codes are, and how
+        the input is quantized."""
+        packed = cls()
+        packed.slots, packed.store = slots, Store(q)
+        bias = getattr(module, "bias", None)
+        packed.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        for name in cls.conf:
+            setattr(packed, name, getattr(module, name))
+        packed.input_quantizer = None if slots.input is None else slots.input.build()
+        return packed.train(module.training)
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
     load("zoo:gpt")                                   small models of this package: gpt, vit, resnet
     load("runs/out")                                  a qatlas directory, packed or in training (pack.py, trainable.py), or any Hugging Face directory
+    load("theirs"), load("model.gguf")                what others have quantized, in a format that we read (foreign.py): packed, as the file says
     load("Qwen/Qwen3-0.6B")                           a model of the Hub, downloaded once
     load("google/vit-base-patch16-224", task="image")
 
@@ -19,7 +20,8 @@ import torch
 from torch import nn
 
 from ..core.error import CheckpointError, unknown
-from . import artefact, pack
+from ..export import holder, readable
+from . import artefact, foreign, pack
 
 TASKS = {"lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification", "image": "AutoModelForImageClassification"}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -41,16 +43,33 @@ def load(name: str | Path, task: str = "lm", **config: Any) -> tuple[nn.Module, 
         return _zoo(text.removeprefix("zoo:"), config)
     if task not in TASKS:
         raise CheckpointError(unknown("task", task, TASKS))
-    if not Path(text).expanduser().is_dir():
+    path = Path(text).expanduser()
+    if holder(path) is not None:
+        _unchanged(path, config)
+        return foreign.load(path), _vocabulary(path, task)
+    if not path.is_dir():
+        if path.is_file():
+            raise CheckpointError(f"{path} is a file; give the directory that holds config.json and model.safetensors, or a GGUF file")
         if text.startswith(("/", ".", "~")) or text.count("/") > 1:
             raise CheckpointError(f"there is no directory {text}; a name is a directory, a Hub id (owner/name), or zoo:gpt, zoo:vit, zoo:resnet")
         return _from(text, task, config, text)
-    path = Path(text).expanduser()
     if _check(path):
-        if config:
-            raise CheckpointError(f"{path} is quantized: its configuration cannot be changed by {', '.join(config)}")
+        _unchanged(path, config)
         return pack.load_packed(path), _tokenizer(str(path), task)
     return _from(str(path), task, config, f"the directory {path}")
+
+
+def start(name: str | Path, task: str = "lm", **config: Any) -> tuple[nn.Module, Any]:
+    """As `load`, for a paper that quantizes by rules of its own: what others have quantized comes in full precision, dequantized.
+
+    Raises:
+        CheckpointError, FormatError: as `load`.
+    """
+    path = Path(str(name)).expanduser()
+    if holder(path) is None:
+        return load(name, task, **config)
+    _unchanged(path, config)
+    return foreign.whole(path), _vocabulary(path, task)
 
 
 def speciality(name: str | Path) -> str:
@@ -87,11 +106,17 @@ def _zoo(name: str, config: dict[str, Any]) -> tuple[nn.Module, Any]:
     return made if isinstance(made, tuple) else (made, None)
 
 
+def _unchanged(path: Path, config: dict[str, Any]) -> None:
+    if config:
+        raise CheckpointError(f"{path} is quantized: its configuration cannot be changed by {', '.join(config)}")
+
+
 def _check(path: Path) -> bool:
     """Whether a directory is a packed one of ours; raises where nothing can be loaded from it."""
     found = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} has no config.json; found: {found}. Give the directory that holds config.json and model.safetensors")
+        raise CheckpointError(f"{path} has no config.json; found: {found}. Give the directory that holds config.json and model.safetensors"
+                              + (", or the GGUF file itself" if any(path.glob("*.gguf")) else ""))
     config = artefact.read_json(path / "config.json")
     files = sorted(path.glob("*.safetensors"))
     if not files:
@@ -112,7 +137,7 @@ def _from(where: str, task: str, config: dict[str, Any], told: str) -> tuple[nn.
         if getattr(plan, "quantization_config", None) is not None:
             method = plan.quantization_config.get("quant_method") if isinstance(plan.quantization_config, dict) else "another library"
             if method != artefact.METHOD:
-                raise CheckpointError(f"{told} is already quantized ({method}); training starts from a model in full precision")
+                raise CheckpointError(_quantized(told, str(method)))
         model, report = getattr(transformers, TASKS[task]).from_pretrained(where, dtype=torch.float32, use_safetensors=True,
                                                                            output_loading_info=True, ignore_mismatched_sizes=True, **config)
     except CheckpointError:
@@ -121,6 +146,14 @@ def _from(where: str, task: str, config: dict[str, Any], told: str) -> tuple[nn.
         raise CheckpointError(_told(error, told)) from error
     _complete(model, report, told, None if task == "lm" else getattr(model, "base_model_prefix", None), "num_labels" in config)
     return model.eval(), _tokenizer(where, task)
+
+
+def _quantized(told: str, method: str) -> str:
+    """What to say of a model that another library has quantized."""
+    if method in readable():
+        return f"{told} is quantized ({method}), which is read from a directory: hf download {told} --local-dir DIR, then give DIR"
+    return (f"{told} is quantized by {method!r}, which qatlas does not read; it reads {', '.join(readable())} and its own. "
+            "Start from the model in full precision")
 
 
 def _complete(model: nn.Module, report: dict[str, Any], told: str, body: str | None, new_head: bool) -> None:
@@ -144,6 +177,14 @@ def _told(error: Exception, told: str) -> str:
         return (f"{told} cannot be fetched and is not in the cache: no network, no such model, no right to read it, or no safetensors in it. "
                 f"Give a local directory instead. transformers says: {short}")
     return f"{told} cannot be loaded: {short}"
+
+
+def _vocabulary(path: Path, task: str) -> Any:
+    """The tokenizer of a foreign artefact: what lies beside it, else what the artefact itself says."""
+    if path.is_dir() or any((path.parent / name).is_file() for name in pack.TOKENIZER):
+        return _tokenizer(str(path if path.is_dir() else path.parent), task)
+    form = readable()[str(holder(path))]
+    return form.tokenizer(path) if hasattr(form, "tokenizer") else None
 
 
 def _tokenizer(where: str, task: str) -> Any:

@@ -5,6 +5,7 @@
     layout.py       codes, steps and zeros as tensors
     directory.py    write, plan
     readers.py      what the compressed-tensors package and transformers make of it
+    qtensors.py     anyone's directory as QTensors
 
 Targets: w2a16, w3a16, w4a16, w8a16 (weights alone, packed), w8a8 and w4a8 (one byte a weight, inputs 8 bits a token, steps found at run time),
 fp8a16 and fp8_dynamic (E4M3), mxfp4a16, nvfp4a16, and mixed, where each layer is of the smallest kind that holds its numbers. Layers of different
@@ -19,8 +20,9 @@ bit for bit, inputs quantized. vLLM computes in bf16 or fp16: bf16 steps, which 
 
 from .directory import plan, write
 from .fitting import TARGETS, fit, fit_input, why_not
+from .qtensors import holds, inputs, qtensors
 from .readers import lacks, model, read
 
 SUFFIX = ""                                                       # the artefact is a directory
 
-__all__ = ["SUFFIX", "TARGETS", "fit", "fit_input", "lacks", "model", "plan", "read", "why_not", "write"]
+__all__ = ["SUFFIX", "TARGETS", "fit", "fit_input", "holds", "inputs", "lacks", "model", "plan", "qtensors", "read", "why_not", "write"]

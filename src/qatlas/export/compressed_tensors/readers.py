@@ -13,7 +13,7 @@ import contextlib
 import io
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.error import SAID, FormatError, foreign
+from ..shards import headers, tensors
 from .fitting import NAME
 
 
@@ -43,14 +44,14 @@ def read(path: str | Path) -> dict[str, Tensor]:
 
 
 def _read(path: str | Path) -> dict[str, Tensor]:
-    groups, tensors = _groups(path), _tensors(path)
+    groups, held = _groups(path), tensors_of(path)
     parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in held.items():
         layer, _, part = name.rpartition(".")
-        if f"{layer}.weight_scale" in tensors and part.startswith("weight"):
+        if f"{layer}.weight_scale" in held and part.startswith("weight"):
             parts.setdefault(layer, {})[part] = tensor
-    out = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items() if name.rpartition(".")[0] not in parts}
-    out |= {name: tensors[name].float() for layer in parts if (name := f"{layer}.bias") in tensors}
+    out = {name: t.float() if t.is_floating_point() else t for name, t in held.items() if name.rpartition(".")[0] not in parts}
+    out |= {name: held[name].float() for layer in parts if (name := f"{layer}.bias") in held}
     for layer, mine in parts.items():
         out[f"{layer}.weight"] = _decompressed(path, layer, mine, groups)
     return out
@@ -72,8 +73,8 @@ def model(path: str | Path) -> nn.Module | str:
 def _model(path: str | Path) -> nn.Module | str:
     import transformers
 
-    config = _json(path)
-    _file(Path(path) / "model.safetensors")
+    config = config_of(path)
+    headers(path)
     groups = config["quantization_config"]["config_groups"]
     hard = {name for name, group in groups.items() if "fp4" in group["format"] or ("pack" in group["format"] and not group["weights"]["symmetric"])}
     if hard and len(groups) > 1:
@@ -108,15 +109,17 @@ def _groups(path: str | Path) -> dict[str, Any]:
     from compressed_tensors.quantization import QuantizationConfig
 
     try:
-        return dict(QuantizationConfig.model_validate(_json(path)["quantization_config"]).config_groups)
+        return dict(QuantizationConfig.model_validate(config_of(path)["quantization_config"]).config_groups)
     except ValueError as error:
         raise FormatError(f"{path}/config.json has a quantization_config that {NAME} refuses: {str(error)[:SAID]}") from None
 
 
-def _json(path: str | Path) -> dict[str, Any]:
+def config_of(path: str | Path) -> dict[str, Any]:
     file = Path(path) / "config.json"
+    if not file.is_file():                                        # neither is a pipe, at which a reader would wait
+        raise FormatError(f"there is no {NAME} directory {path}: it has no file config.json")
     try:
-        config = json.loads(_file(file).read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise FormatError(f"{file} cannot be read ({error}); write it anew") from None
     said = config.get("quantization_config") if isinstance(config, dict) else None
@@ -126,21 +129,13 @@ def _json(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def _tensors(path: str | Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def tensors_of(path: str | Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """The tensors of a directory by their names in its files.
 
-    file = _file(Path(path) / "model.safetensors")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FormatError(f"{file} is no whole safetensors file: {str(error)[:SAID]}. It is truncated or of another kind; write it anew") from None
-
-
-def _file(path: Path) -> Path:
-    if not path.is_file():                                        # neither is a pipe, at which a reader would wait
-        raise FormatError(f"there is no {NAME} directory {path.parent}: it has no file {path.name}")
-    return path
+    Raises:
+        FormatError: no such file, a truncated one, or an index that points outside of the directory.
+    """
+    return dict(tensors({name: part for name, part in headers(path).items() if wanted(name)}))
 
 
 @contextlib.contextmanager
