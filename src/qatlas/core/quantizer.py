@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .error import QuantError
-from .estimator import Estimator, Snap, Ste, bounded, forward, refit, settle
+from .estimator import Estimator, Formula, Snap, Ste, bounded, forward, refit, settle
 from .grain import Grain, PerChannel, PerToken
 from .grid import Grid, Uniform
 from .noun import Noun
@@ -101,7 +101,10 @@ class Quantizer(nn.Module):
     quant: the value. It may change once, in `settle`, when calibration decides the signedness.
     on: False lets x pass (the self-teacher, comparisons).
     blend: in training mode the answer is x + blend (y - x); 1 is y. Eval mode and `quantize` always say y, which is what will be stored.
+    formula: who runs the formula's lines in `forward` and `known`; None is estimator.py, eager. `quantize` always runs those.
     """
+
+    formula: Formula | None = None
 
     def __init__(self, quant: Quant) -> None:
         super().__init__()
@@ -182,7 +185,7 @@ class Quantizer(nn.Module):
         place = known.place if known is not None and stateless else self.place(view)
         strength = quant.scale.strength(view.shape, x.shape, quant.grid)
         value = None if known is None else quant.grain.view(known.value)
-        y = Snap.apply(view, *place, None if shift is None else quant.grain.view(shift), value, quant, strength)
+        y = Snap.apply(view, *place, None if shift is None else quant.grain.view(shift), value, quant, strength, self.formula)
         y = torch.lerp(view, y, self.blend) if self.training and self.blend < 1 else y      # dx: (1 - blend) g + blend estimator(g)
         return quant.grain.back(y, x.shape).to(x.dtype)
 
@@ -191,7 +194,8 @@ class Quantizer(nn.Module):
         """The values of x and their place, for later forwards of the same x."""
         view = self.quant.grain.view(working(x))
         place = self.place(view)
-        y, _, _ = forward(view, place, None if shift is None else self.quant.grain.view(shift), self.quant)
+        shift = None if shift is None else self.quant.grain.view(shift)
+        y = forward(view, place, shift, self.quant)[0] if self.formula is None else self.formula.values(view, place, shift)
         return Known(self.quant.grain.back(y, x.shape).to(x.dtype), place)
 
     @torch.no_grad()
