@@ -104,6 +104,15 @@ def test_what_does_not_agree_is_refused(monkeypatch, no_compiler):
     assert not any(q.formula for q in net.modules() if hasattr(q, "formula"))
 
 
+def test_a_formula_serves_its_own_quant_only(no_compiler):
+    net = model("w4")
+    with compiled(net):
+        net[0].weight_quantizer.quant = scheme("w2").weight
+        assert net[0](torch.ones(1, 64)).isfinite().all()
+        assert torch.equal(net[0].computed(), net[0].hard()) and net[0].quantize().bits == 2
+        assert torch.equal(net[0].computed(), net[0].quantize().dequantize())
+
+
 def test_what_stays_eager_is_said(no_compiler):
     nested = Quant(Uniform(4), PerTensor(), AbsMax(nested=Quant(Uniform(6, False), PerTensor(), AbsMax())))
     holder = nn.Module()
@@ -121,10 +130,9 @@ def test_each_quant_is_compiled_once(no_compiler, monkeypatch):
 
 
 def test_a_second_derivative_takes_the_eager_lines(no_compiler):
-    """A compiled backward has none: with a pull that is cut off from the graph, as the compiler's is, the second derivative is still that of eager."""
-    found = []
-    for formula in (None, SimpleNamespace(values=Compiled(model("w3")[0].weight_quantizer.quant).values,
-                                          pull=lambda *given: tuple(torch.zeros(()) for _ in range(5)))):
+    """A compiled backward has none: with a pull that is cut off from the graph, as the compiler's is, the second derivative is that of eager."""
+    found, quant = [], model("w3")[0].weight_quantizer.quant
+    for formula in (None, SimpleNamespace(quant=quant, values=Compiled(quant).values, pull=lambda *given: tuple(torch.zeros(()) for _ in range(5)))):
         net = model("w3")
         net[0].weight_quantizer.formula = formula
         weight, x = net[0].weight, torch.ones(4, 64)

@@ -80,6 +80,8 @@ class Trust(Estimator):
 class Formula(Protocol):
     """Another way to run the formula of one Quant: the same values, bit for bit, and the same gradients but for the order of sums."""
 
+    quant: Quant
+
     def values(self, x: Tensor, place: Place, shift: Tensor | None) -> Tensor:
         """y of `forward`."""
 

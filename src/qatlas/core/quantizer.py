@@ -101,7 +101,8 @@ class Quantizer(nn.Module):
     quant: the value. It may change once, in `settle`, when calibration decides the signedness.
     on: False lets x pass (the self-teacher, comparisons).
     blend: in training mode the answer is x + blend (y - x); 1 is y. Eval mode and `quantize` always say y, which is what will be stored.
-    formula: who runs the formula's lines in `forward` and `known`; None is estimator.py, eager. `quantize` always runs those.
+    formula: who runs the formula's lines in `forward` and `known`; None, or one of another Quant (bits may be switched), is estimator.py, eager.
+    `quantize` always runs those.
     """
 
     formula: Formula | None = None
@@ -185,7 +186,7 @@ class Quantizer(nn.Module):
         place = known.place if known is not None and stateless else self.place(view)
         strength = quant.scale.strength(view.shape, x.shape, quant.grid)
         value = None if known is None else quant.grain.view(known.value)
-        y = Snap.apply(view, *place, None if shift is None else quant.grain.view(shift), value, quant, strength, self.formula)
+        y = Snap.apply(view, *place, None if shift is None else quant.grain.view(shift), value, quant, strength, self._runs())
         y = torch.lerp(view, y, self.blend) if self.training and self.blend < 1 else y      # dx: (1 - blend) g + blend estimator(g)
         return quant.grain.back(y, x.shape).to(x.dtype)
 
@@ -195,7 +196,8 @@ class Quantizer(nn.Module):
         view = self.quant.grain.view(working(x))
         place = self.place(view)
         shift = None if shift is None else self.quant.grain.view(shift)
-        y = forward(view, place, shift, self.quant)[0] if self.formula is None else self.formula.values(view, place, shift)
+        formula = self._runs()
+        y = forward(view, place, shift, self.quant)[0] if formula is None else formula.values(view, place, shift)
         return Known(self.quant.grain.back(y, x.shape).to(x.dtype), place)
 
     @torch.no_grad()
@@ -208,6 +210,9 @@ class Quantizer(nn.Module):
     def hard(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         """The values of `forward`, without a graph."""
         return self.forward(x, shift)
+
+    def _runs(self) -> Formula | None:
+        return self.formula if self.formula is not None and self.formula.quant == self.quant else None
 
     def _hold(self, place: Place) -> Quantizer:
         learn = self.quant.scale.keeps == "parameter"

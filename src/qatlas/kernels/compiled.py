@@ -14,8 +14,8 @@ Eager stays the reference, and the values must be its values bit for bit, for co
     not        a refit is a sum that moves the values: its forward stays eager. The measure of a fresh scale, small against the rest, too.
                Scales that are themselves quantized (`nested`) stay eager both ways
 
-What is claimed here about a compiler is not believed: `compiled` runs each Quant on a sample with ties and ends against the eager lines, on the device
-where the model lies, and refuses at the first value that differs. The same call is what compiles, so that training finds it done.
+What is claimed here about a compiler is not believed: `compiled` holds each Quant against the eager lines on a sample with ties and ends, on the
+device where the model lies, and refuses at the first value that differs. The same call is what compiles, so that training finds it done.
 """
 
 from __future__ import annotations
