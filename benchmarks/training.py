@@ -245,7 +245,7 @@ def section(state: dict[str, Any], clock: str) -> str:
     return "\n".join([head, *(f"### {TITLES[case]}\n\n{table(of, clock == 'cpu')}" for case, of in state["cases"].items() if of["rounds"])])
 
 
-def setting(threads: int) -> dict[str, Any]:
+def setting(threads: int, parameters: int) -> dict[str, Any]:
     """What the numbers depend on."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -257,7 +257,7 @@ def setting(threads: int) -> dict[str, Any]:
             versions[name] = "absent"
     malloc = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("MALLOC_", "LD_PRELOAD", "GLIBC_TUNABLES"))]
     cpu = next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    return {"parameters": sum(p.numel() for p in llama().parameters()), "tokens": ROWS * LENGTH, "optimizer": "AdamW", "threads": threads, "cpu": cpu,
+    return {"parameters": parameters, "tokens": ROWS * LENGTH, "optimizer": "AdamW", "threads": threads, "cpu": cpu,
             "allocator": " ".join(malloc) or "the default malloc, untuned", "versions": versions}
 
 
@@ -279,8 +279,9 @@ def main(arguments: Sequence[str] | None = None, model: Callable[[], nn.Module] 
     parser.add_argument("--page", type=Path, help="the page that gets the section; without it the section is only printed")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    how = setting(given.threads)
-    state = json.loads(given.json.read_text()) if given.json.exists() else {"setting": how, "cases": {}}
+    state = json.loads(given.json.read_text()) if given.json.exists() else None
+    how = setting(given.threads, state["setting"]["parameters"] if state else sum(p.numel() for p in model().parameters()))
+    state = state or {"setting": how, "cases": {}}
     if state["setting"] != how:
         changed = [key for key in how if state["setting"].get(key) != how[key]]
         raise SystemExit(f"{given.json} was measured with other {', '.join(changed)}; take another file")
