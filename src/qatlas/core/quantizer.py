@@ -234,8 +234,8 @@ class Quantizer(nn.Module):
         return self.forward(x, shift)
 
     def _shares(self, x: Tensor, shift: Tensor | None, known: Known | None) -> bool:
-        """Whether the answer may serve other layers: it follows from x and quant alone. What Snap would save x for is left out (x would hold the answer,
-        and the answer x), leaves are (a parameter lives on), and so is all that runs without a graph, where nothing is kept for a backward."""
+        """Whether the answer may serve other layers: it follows from x and quant alone. What Snap would save x for is left out (x would hold the
+        answer, and the answer x), leaves are (a parameter lives on), and so is what runs without a graph, where nothing is kept for a backward."""
         quant = self.quant
         alone = shift is None and known is None and type(self) is Quantizer and not (self.training and self.blend < 1)
         deaf = quant.scale.keeps == "nothing" and quant.scale.gradient != "statistic" and quant.estimator.blind and quant.clip is None
