@@ -65,7 +65,7 @@ def run(name: str, arguments: dict[str, Any], job: Job, command: str = "", say: 
     torch.set_num_threads(job.threads) if job.threads else None
     record = Record(name, arguments, command, job.model, job.data, target=job.target, seed=job.seed, job=vars(job))
     control = Run(job.out, seed=job.seed, resume=job.resume, precision=job.precision, micro=job.micro, save_every=job.save_every,
-                  tensorboard=job.tensorboard)
+                  tensorboard=job.tensorboard, compile=job.compile)
     control.tactics = (Watch(record, job.watch),)
     torch.manual_seed(job.seed)
     with _timed(record, "load"):
@@ -101,7 +101,7 @@ def _compare(record: Record, stage: str, name: str, arguments: dict[str, Any], j
     say(f"for comparison, {stage}: {told(name, arguments)}")
     out = None if job.out is None else Path(job.out) / "state" / re.sub(r"\W+", "-", stage)
     control = Run(out, seed=job.seed, resume=job.resume and out is not None and out.exists(), precision=job.precision, micro=job.micro,
-                  save_every=job.save_every)
+                  save_every=job.save_every, compile=job.compile)
     control.tactics = (Watch(record, 0),)
     torch.manual_seed(job.seed)
     with _timed(record, stage):
@@ -152,7 +152,7 @@ def plan(name: str, arguments: dict[str, Any], job: Job) -> dict[str, Any]:
     find_target(job.target) if job.target else None
     papers.check(name, arguments, job.target)
     torch.set_num_threads(job.threads) if job.threads else None
-    control = Run(None, seed=job.seed, precision=job.precision, micro=job.micro)
+    control = Run(None, seed=job.seed, precision=job.precision, micro=job.micro, compile=job.compile)
     costs = control.plan = []
     torch.manual_seed(job.seed)
     (model, _, task), loading = _clocked(lambda: prepare(job, control, train=True))

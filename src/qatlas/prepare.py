@@ -47,6 +47,7 @@ class Job:
         batch: rows of an optimizer step.
         micro: rows of one forward; smaller needs less memory; activations with one fresh scale a tensor then have one a part.
         precision: no (fp32) or bf16, where the chip has it.
+        compile: quant compiles the fake quantization (some seconds at the start, less time a step, the same codes); no leaves it as it is.
         watch: judge the model every so many steps; 0 never.
         save_every: steps between resume points; by default one a minute.
         threads: threads of torch; 0 leaves them as they are. A resumed run is bit-identical with the same number.
@@ -67,6 +68,7 @@ class Job:
     batch: int = 8
     micro: int | None = None
     precision: str = "no"
+    compile: str = "no"
     watch: int = 0
     save_every: int | None = None
     threads: int = 0

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from qatlas.core import further
 from qatlas.core.error import QuantError
+from qatlas.core.floats import Float
 from qatlas.core.further import Levels, LevelsQuantizer
 from qatlas.core.grain import Block, Group, PerChannel, PerTensor
-from qatlas.core.grid import Float, HalfStep, Ternary, Uniform
+from qatlas.core.grid import HalfStep, Ternary, Uniform
 from qatlas.core.noun import from_json
 from qatlas.core.qtensor import QTensor
 

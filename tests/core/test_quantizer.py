@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -211,3 +214,60 @@ def test_a_clip_under_a_scale_that_hears_its_statistic(gradient):
     x = torch.tensor([[-3.0, 0.2, 0.9]], dtype=torch.float64, requires_grad=True)
     Quantizer(Quant(Uniform(4), scale=AbsMax(gradient=gradient), clip=1.0))(x).sum().backward()
     assert x.grad[0, 0] == 0 and x.grad[0, 1] == 1
+
+
+TOKEN = Quant(Uniform(8), PerToken(), AbsMax())
+
+
+def flowing(seed=0):
+    """An activation: no leaf, with a graph."""
+    leaf = torch.randn(4, 16, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    return leaf, leaf * 1.5
+
+
+def test_one_tensor_is_quantized_once_for_all_who_quantize_it_alike():
+    (leaf, x), (other, z) = flowing(), flowing()
+    one, two = Quantizer(TOKEN), Quantizer(TOKEN.but(scale=AbsMax()))
+    assert one(x) is two(x)
+    assert torch.equal(one(x), one.quantize(x).dequantize())
+    (3 * one(x) + two(x).square()).sum().backward()
+    (3 * Quantizer(TOKEN)(z) + Quantizer(TOKEN)(z.clone()).square()).sum().backward()
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-6, atol=1e-6)
+    assert Quantizer(TOKEN.but(grid=Uniform(4)))(x) is not one(x)
+
+
+def test_an_answer_does_not_outlive_its_tensor_or_its_truth():
+    quantizer, (_, x) = Quantizer(TOKEN), flowing()
+    first = quantizer(x)
+    x.mul_(2)
+    assert torch.equal(quantizer(x), quantizer.quantize(x).dequantize()) and not torch.equal(quantizer(x), first)
+    quantizer(x).add_(1)                                          # somebody writes into what was given
+    assert torch.equal(quantizer(x), quantizer.quantize(x).dequantize())
+    answer = weakref.ref(quantizer(x))
+    del x
+    gc.collect()
+    assert answer() is None
+
+
+@pytest.mark.parametrize("quant", [TOKEN.but(estimator=Clip()), TOKEN.but(clip=1.0), TOKEN.but(scale=AbsMax(gradient="statistic"))], ids=str)
+def test_an_answer_that_saves_its_tensor_is_not_kept_on_it(quant):
+    _, x = flowing()
+    assert Quantizer(quant)(x) is not Quantizer(quant)(x)
+
+
+def test_leaves_and_what_has_no_graph_keep_no_answer():
+    quantizer, (leaf, x) = Quantizer(TOKEN), flowing()
+    assert quantizer(leaf) is not quantizer(leaf)
+    with torch.no_grad():
+        assert quantizer(x) is not quantizer(x)
+    quantizer.train().blend = 0.5
+    assert quantizer(x) is not quantizer(x) and not torch.equal(quantizer(x), Quantizer(TOKEN)(x))
+    assert not hasattr(leaf, "_quantized")
+
+
+def test_nothing_is_saved_where_nothing_is_heard():
+    saved = []
+    _, x = flowing()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        Quantizer(TOKEN)(x)
+    assert not saved

@@ -188,6 +188,13 @@ def test_convolutions_embeddings_and_transposed_linears():
     assert torch.equal(turned.pack().computed(), turned.hard().T)
 
 
+def test_a_buffer_hears_of_other_bits():
+    layer = make(weight(4), "buffer")
+    layer(X)
+    layer.weight_quantizer.quant = layer.weight_quantizer.quant.but(grid=Uniform(2))
+    assert torch.equal(layer.computed(), layer.hard()) and torch.equal(layer.computed(), layer.quantize().dequantize())
+
+
 def test_bad_slots():
     with pytest.raises(QuantError, match="each, buffer, recompute"):
         Slots(keep="forever")

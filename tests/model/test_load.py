@@ -79,12 +79,12 @@ def broken(path, how):
     else:
         config = json.loads((path / "config.json").read_text())
         config |= {"shape": {"hidden_size": 32}, "type": {"model_type": "nonsense"},
-                   "foreign": {"quantization_config": {"quant_method": "gptq"}}}[how]
+                   "foreign": {"quantization_config": {"quant_method": "aqlm"}}}[how]
         (path / "config.json").write_text(json.dumps(config))
 
 
 BROKEN = {"truncated": "truncated", "pickle": "only pickle files", "empty": "no safetensors weights", "config": "found: generation_config.json",
-          "json": "no JSON", "shape": "another shape, first .* in the model", "type": "nonsense", "foreign": "gptq"}
+          "json": "no JSON", "shape": "another shape, first .* in the model", "type": "nonsense", "foreign": "aqlm"}
 
 
 @pytest.mark.parametrize("how", BROKEN)

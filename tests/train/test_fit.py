@@ -1,6 +1,7 @@
 """The loop: what it computes is plain gradient descent on the batches of the task, however they are cut."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,11 +9,15 @@ from tiny import llama, quantized, task
 from torch import nn
 
 from qatlas.core.error import RunError
+from qatlas.core.quantizer import Quantizer
+from qatlas.layers.linear import QLinear
+from qatlas.layers.quantized import kept
 from qatlas.train.chat import Chat
 from qatlas.train.fit import fit
 from qatlas.train.optim import SGD, AdamW
 from qatlas.train.run import Run
 from qatlas.train.schedule import cosine
+from qatlas.train.tactic import Tactic
 
 
 def test_fit_is_gradient_descent_by_hand():
@@ -142,3 +147,34 @@ def test_curves(tmp_path):
     pytest.importorskip("tensorboard")
     fit(llama(), task(run=Run(tmp_path / "out", tensorboard=True, progress=False)), steps=2)
     assert list((tmp_path / "out").rglob("events.out.tfevents*"))
+
+
+def test_a_weight_is_quantized_once_a_step_and_no_write_is_missed(monkeypatch):
+    """However many micro-batches; and the run is that of layers which quantize in every forward, bit for bit, also under a tactic that writes through
+    `.data`, which no version counter sees."""
+    class Shrink(Tactic):
+        def after(self, loop):
+            for _, layer in loop.layers():
+                layer.weight.data.mul_(0.9)
+
+    asked, known = [], Quantizer.known
+    monkeypatch.setattr(Quantizer, "known", lambda self, *given: asked.append(self) or known(self, *given))
+    runs = []
+    for keeps in (kept, lambda model, wanted: nullcontext()):
+        monkeypatch.setattr("qatlas.train.fit.kept", keeps)
+        model = quantized(llama(), "w4")
+        history = fit(model, task(batch=4, run=Run(micro=1, progress=False)), steps=3, tactics=[Shrink()])
+        layers = [m for m in model.modules() if isinstance(m, QLinear)]
+        assert all(layer.keep == "each" and layer._known is None for layer in layers)
+        runs.append((history.loss, [p.detach().clone() for p in model.parameters()], len(asked)))
+    assert runs[0][0] == runs[1][0] and all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+    assert runs[0][2] == runs[1][2] == 3 * len(layers)
+
+
+def test_a_compiled_run_is_the_eager_one(monkeypatch):
+    """Without the compiler itself, which takes seconds; tests/kernels has it."""
+    monkeypatch.setattr("qatlas.kernels.compiled._compile", lambda function: function)
+    models = [quantized(llama(), "w4a8") for _ in range(2)]
+    histories = [fit(model, task(run=Run(compile=how, progress=False)), steps=3) for model, how in zip(models, ("no", "quant"), strict=True)]
+    assert histories[1].loss == pytest.approx(histories[0].loss, rel=1e-6)
+    assert not any(q.formula for model in models for q in model.modules() if isinstance(q, Quantizer))

@@ -28,7 +28,7 @@ def test_files_of_other_kinds_do_not_hinder(tmp_path):
         Run(tmp_path / "run.log")
 
 
-@pytest.mark.parametrize("wrong", [{"precision": "fp16"}, {"micro": 0}, {"save_every": 0}, {"tensorboard": True}])
+@pytest.mark.parametrize("wrong", [{"precision": "fp16"}, {"compile": "all"}, {"micro": 0}, {"save_every": 0}, {"tensorboard": True}])
 def test_settings_fail_early(wrong):
     with pytest.raises(RunError):
         Run(**wrong)

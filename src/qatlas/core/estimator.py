@@ -12,13 +12,17 @@ forms. Two paths, never one. With y = s (v - z), u = x / s + z:
     dz = sum g * (0 inside, -s outside)
     dm = sum g * (0 inside,  1 outside)    for y = s v + m, u = (x - m) / s
 
-Nothing here leans on autograd of round or clamp. Snap saves x and the scales, never u or v: the place is recomputed in backward.
+Nothing here leans on autograd of round or clamp. Snap saves what its backward reads and no more: x and the scales, never u or v (the place is
+recomputed), and nothing at all where the estimator is blind and no scale hears, as for activations with a fresh scale a token.
+
+The lines of the formula may be run by another `Formula`: the functions of this file are the reference, and what stands in for them gives the same
+values bit for bit (kernels/compiled.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -73,26 +77,47 @@ class Trust(Estimator):
         return g * ((u - v).abs() <= self.bound)
 
 
+class Formula(Protocol):
+    """Another way to run the formula of one Quant: the same values, bit for bit, and the same gradients but for the order of sums."""
+
+    quant: Quant
+
+    def values(self, x: Tensor, place: Place, shift: Tensor | None) -> Tensor:
+        """y of `forward`."""
+
+    def pull(self, g: Tensor, x: Tensor, place: Place, shift: Tensor | None, strength: float) -> tuple[Tensor | None, ...]:
+        """As `pull`."""
+
+
 class Snap(torch.autograd.Function):
     """x (..., n), s, zero, offset (..., 1), shift (..., n) in steps or None -> y (..., n), by `quant`'s formula and gradients.
 
     known (..., n): y where it has been computed already, of the same x; forward then returns it, and backward is the same.
+    formula: who runs the lines; None is this file.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, s: Tensor, zero: Tensor | None, offset: Tensor | None, shift: Tensor | None,  # type: ignore[override]
-                known: Tensor | None, quant: Quant, strength: float) -> Tensor:
-        ctx.quant, ctx.strength = quant, strength
-        ctx.save_for_backward(x, s, zero, offset, shift)
-        return forward(x, Place(s, zero, offset), shift, quant)[0] if known is None else known.detach()
+                known: Tensor | None, quant: Quant, strength: float, formula: Formula | None) -> Tensor:
+        ctx.quant, ctx.strength, ctx.formula = quant, strength, formula
+        ctx.blind = quant.estimator.blind and shift is None and not any(ctx.needs_input_grad[1:4])
+        ctx.save_for_backward(*((x, s, zero, offset, shift) if not ctx.blind else () if quant.clip is None else (x,)))
+        if known is not None:
+            return known.detach()
+        place = Place(s, zero, offset)
+        return forward(x, place, shift, quant)[0] if formula is None else formula.values(x, place, shift)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.blind:
+            return (g if ctx.quant.clip is None else inside(g, ctx.saved_tensors[0], ctx.quant), *(None,) * 8)
         x, s, zero, offset, shift = ctx.saved_tensors
-        if ctx.quant.estimator.blind and shift is None and not any(ctx.needs_input_grad[1:4]):
-            return (inside(g, x, ctx.quant), *(None,) * 7)
-        grads = pull(g, x, Place(s, zero, offset), shift, ctx.quant, ctx.strength)
-        return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None
+        place = Place(s, zero, offset)
+        if ctx.formula is None or torch.is_grad_enabled():        # a second derivative wants the lines themselves
+            grads = pull(g, x, place, shift, ctx.quant, ctx.strength)
+        else:
+            grads = ctx.formula.pull(g, x, place, shift, ctx.strength)
+        return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None, None
 
 
 def forward(x: Tensor, place: Place, shift: Tensor | None, quant: Quant) -> tuple[Tensor, Tensor, Place]:

@@ -85,7 +85,7 @@ class LevelsQuantizer(Quantizer):
         self.scale_codes = self.offset_codes = None
 
     @property
-    def formula(self) -> Quant:
+    def computes(self) -> Quant:
         plain = self.quant.scale.but(nested=None, offset_nested=None, dtype="float32", offset_dtype="float32", sign="free")
         return Quant(self.quant.grid, self.quant.grain, plain, self.quant.estimator, self.quant.refit, self.quant.clip)
 
@@ -126,7 +126,7 @@ class LevelsQuantizer(Quantizer):
     @torch.no_grad()
     def quantize(self, x: Tensor, shift: Tensor | None = None) -> QTensor:
         view = self.quant.grain.view(working(x))
-        q = pack(view, self.place(view), None if shift is None else self.quant.grain.view(shift), self.formula, tuple(x.shape))
+        q = pack(view, self.place(view), None if shift is None else self.quant.grain.view(shift), self.computes, tuple(x.shape))
         q.scale, q.offset = self.level("scale"), self.level("offset")
         return q
 

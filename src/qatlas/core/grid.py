@@ -120,7 +120,7 @@ class Uniform(Grid):
         return int(self.high - self.low) + 1
 
     def snap(self, u: Tensor) -> Tensor:
-        return u.round().clamp(self.low, self.high) + 0.0
+        return u.round().clamp_(self.low, self.high).add_(0.0)
 
     def inside(self, u: Tensor, margin: float = 0.0) -> Tensor:
         """As everywhere; with margin 0.5 where rounding alone lands on the grid, ties as rounding breaks them (7.5 -> 8 is outside of 4 bits)."""

@@ -9,6 +9,9 @@ With `clip`, x is cut to +-clip before anything else, and its gradient is 0 wher
 `forward` gives y with gradients, `hard` gives y without, `quantize` gives the QTensor whose `dequantize()` is y bit for bit: all three run the same
 lines (estimator.forward), which is why they cannot differ.
 
+One tensor that several layers quantize alike (query, key and value; gate and up) is quantized once: where nothing is kept and nothing saved, the
+answer stays on the tensor for as long as the tensor lives, and all are given the same. So it lies in memory once, too, for all their backwards.
+
 A Quantizer that holds state (a learned or a moving scale) is initialised before it is used: from the weight itself, or for activations by
 calibration, which observes some batches and then settles. Used before, it raises; it never initialises itself in passing.
 """
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .error import QuantError
-from .estimator import Estimator, Snap, Ste, bounded, forward, refit, settle
+from .estimator import Estimator, Formula, Snap, Ste, bounded, forward, refit, settle
 from .grain import Grain, PerChannel, PerToken
 from .grid import Grid, Uniform
 from .noun import Noun
@@ -96,13 +99,30 @@ class Known(NamedTuple):
     place: Place
 
 
+class Answer(NamedTuple):
+    """A tensor's fake-quantized values, by whom, and how often both had been written."""
+
+    value: Tensor
+    quant: Quant
+    written: int
+    answered: int
+
+    def of(self, quant: Quant, x: Tensor) -> bool:
+        """Whether it is the answer of `quant` to x as it is now."""
+        return quant == self.quant and (x._version, self.value._version) == (self.written, self.answered)
+
+
 class Quantizer(nn.Module):
     """The state of one Quant: its learned or moving scale, and whether it is ready.
 
     quant: the value. It may change once, in `settle`, when calibration decides the signedness.
     on: False lets x pass (the self-teacher, comparisons).
     blend: in training mode the answer is x + blend (y - x); 1 is y. Eval mode and `quantize` always say y, which is what will be stored.
+    formula: who runs the formula's lines in `forward` and `known`; None, or one of another Quant (bits may be switched), is estimator.py, eager.
+    `quantize` always runs those.
     """
+
+    formula: Formula | None = None
 
     def __init__(self, quant: Quant) -> None:
         super().__init__()
@@ -115,7 +135,7 @@ class Quantizer(nn.Module):
         self._seen: list[Tensor] | None = None
 
     @property
-    def formula(self) -> Quant:
+    def computes(self) -> Quant:
         """The Quant by which values and gradients are computed from a place; a subclass whose `place` is stored in another way says another."""
         return self.quant
 
@@ -187,34 +207,53 @@ class Quantizer(nn.Module):
         if self._seen is not None:
             self._remember(x)
             return x
-        quant = self.formula
+        quant = self.computes
+        shared = self._shares(x, shift, known)
+        if shared and (same := getattr(x, "_quantized", None)) is not None and same.of(quant, x):
+            return same.value
         view = quant.grain.view(working(x))
         stateless = known is not None and quant.scale.keeps == "nothing" and quant.scale.gradient != "statistic"
         place = known.place if known is not None and stateless else self.place(view)
         strength = quant.scale.strength(view.shape, x.shape, quant.grid)
         value = None if known is None else quant.grain.view(known.value)
-        y = Snap.apply(view, *place, None if shift is None else quant.grain.view(shift), value, quant, strength)
+        y = Snap.apply(view, *place, None if shift is None else quant.grain.view(shift), value, quant, strength, self._runs())
         y = torch.lerp(view, y, self.blend) if self.training and self.blend < 1 else y      # dx: (1 - blend) g + blend estimator(g)
-        return quant.grain.back(y, x.shape).to(x.dtype)
+        y = quant.grain.back(y, x.shape).to(x.dtype)
+        if shared and y is not x:
+            x._quantized = Answer(y, quant, x._version, y._version)  # type: ignore[attr-defined]
+        return y
 
     @torch.no_grad()
     def known(self, x: Tensor, shift: Tensor | None = None) -> Known:
         """The values of x and their place, for later forwards of the same x."""
         view = self.quant.grain.view(working(x))
         place = self.place(view)
-        y, _, _ = forward(view, place, None if shift is None else self.quant.grain.view(shift), self.formula)
+        shift = None if shift is None else self.quant.grain.view(shift)
+        formula = self._runs()
+        y = forward(view, place, shift, self.computes)[0] if formula is None else formula.values(view, place, shift)
         return Known(self.quant.grain.back(y, x.shape).to(x.dtype), place)
 
     @torch.no_grad()
     def quantize(self, x: Tensor, shift: Tensor | None = None) -> QTensor:
         """The codes and scales of x; `.dequantize()` equals `forward(x)` bit for bit in fp32."""
         view = self.quant.grain.view(working(x))
-        return pack(view, self.place(view), None if shift is None else self.quant.grain.view(shift), self.formula, tuple(x.shape))
+        return pack(view, self.place(view), None if shift is None else self.quant.grain.view(shift), self.computes, tuple(x.shape))
 
     @torch.no_grad()
     def hard(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         """The values of `forward`, without a graph."""
         return self.forward(x, shift)
+
+    def _shares(self, x: Tensor, shift: Tensor | None, known: Known | None) -> bool:
+        """Whether the answer may serve other layers: it follows from x and quant alone. What Snap would save x for is left out (x would hold the
+        answer, and the answer x), leaves are (a parameter lives on), and so is what runs without a graph, where nothing is kept for a backward."""
+        quant = self.quant
+        alone = shift is None and known is None and type(self) is Quantizer and not (self.training and self.blend < 1)
+        deaf = quant.scale.keeps == "nothing" and quant.scale.gradient != "statistic" and quant.estimator.blind and quant.clip is None
+        return alone and deaf and not x.is_leaf and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+    def _runs(self) -> Formula | None:
+        return self.formula if self.formula is not None and self.formula.quant == self.computes else None
 
     def _hold(self, place: Place) -> Quantizer:
         learn = self.quant.scale.keeps == "parameter"

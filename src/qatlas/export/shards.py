@@ -54,8 +54,10 @@ def shards(path: str | Path) -> list[Path]:
         raise FormatError(f"there is no directory {path}")
     if (path / INDEX).is_file():
         named = read_json(path / INDEX).get("weight_map")
-        if not isinstance(named, dict) or not named or not all(isinstance(name, str) and Path(name).name == name for name in named.values()):
+        if not isinstance(named, dict) or not named:
             raise FormatError(f"{path / INDEX} has no weight_map from tensors to files of this directory")
+        if wrong := [name for name in named.values() if not isinstance(name, str) or Path(name).name != name]:
+            raise FormatError(f"{path / INDEX} names {wrong[0]!r}, which is no file of this directory")
         found = [path / name for name in sorted(set(named.values()))]
         if gone := [file.name for file in found if not file.is_file()]:
             raise FormatError(f"{path} lacks {', '.join(gone)}, which its index names; the copy is not complete")

@@ -11,7 +11,7 @@ The weight that enters the product is computed from the fp32 master, which stays
     each        quantized in every forward. The default.
     buffer      quantized once per write of the weights: the forward returns a buffer that lives across steps, the backward pulls the gradient back
                 through the same closed form. A write is noticed by the version counters of the master, the scales and the adapter; whoever writes
-                through `.data` (which no counter sees) calls `refresh()`. Costs one copy of the weights.
+                through `.data` (which no counter sees) calls `refresh()`. Costs one copy of the weights. `fit` does so with what says "each"
     recompute   nothing of the weight's size is saved for backward: a hook keeps a recipe instead of the quantized weight.
 
 A layer is made from an existing one with `of`, which shares its parameters, hooks and attributes: nothing is copied.
@@ -221,7 +221,8 @@ class Quantized(Layer):
     def _keep(self, w: Tensor, shift: Tensor | None) -> Known:
         assert self.weight_quantizer is not None
         parts = [self.weight, *self.weight_quantizer.parameters(), *(self.adapter.parameters() if self.adapter is not None else ())]
-        stamp = tuple((id(part), part._version, part.device, part.dtype) for part in parts)
+        quants = tuple(q.quant for q in self.weight_quantizer.modules() if isinstance(q, Quantizer))        # bits may be switched
+        stamp = (quants, *((id(part), part._version, part.device, part.dtype) for part in parts))
         if self._stamp != stamp or self._known is None:
             fresh, old = self.weight_quantizer.known(w.detach(), shift), None if self._known is None else self._known.value
             if old is not None and (old.shape, old.device, old.dtype) == (fresh.value.shape, fresh.value.device, fresh.value.dtype):
@@ -254,3 +255,16 @@ class Quantized(Layer):
 
     def extra_repr(self) -> str:
         return f"weight={tuple(self.weight.shape)}, keep={self.keep}"
+
+
+@contextlib.contextmanager
+def kept(model: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """While it lasts, layers that would quantize in each forward keep a buffer. An embedding that quantizes only the rows it looks up goes on so."""
+    layers = [m for m in model.modules() if wanted and isinstance(m, Quantized) and m.keep == "each" and not getattr(m, "by_row", False)]
+    for layer in layers:
+        layer.keep = "buffer"
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.keep = "each"

@@ -6,8 +6,9 @@ number of counted items (tokens with a label, rows) over that of the whole batch
 
     sum_i  w_i / W  loss_i  =  the loss of the whole batch
 
-however the batch is cut, also where answers are of unequal length; no rank needs to ask another, since all know the whole batch. Masters are fp32:
-trained parameters in less are widened. The random state of the process is set from (seed, phase, rank) inside and given back afterwards.
+however the batch is cut, also where answers are of unequal length; no rank needs to ask another, since all know the whole batch. A weight is
+quantized once between two writes, however many micro-batches there are. Masters are fp32: trained parameters in less are widened. The random state of
+the process is set from (seed, phase, rank) inside and given back afterwards.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,10 +25,12 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from ..core.error import RunError
+from ..kernels.compiled import compiled
+from ..layers.quantized import kept
 from .optim import AdamW, Optimizer, only, set_rates, trained
 from .plan import TRIED, Cost, cost
 from .point import point_of
-from .ranks import shared, unsynced, whole
+from .ranks import asked, shared, unsynced, whole
 from .resume import Phase, Point, described, fingerprint, load_optimizer, load_random, load_state, random_state
 from .run import Run, agreed, bar, check_precision
 from .schedule import constant
@@ -66,7 +70,8 @@ def fit(model: nn.Module, task: Task, *, train: str | Sequence[str] = "*", optim
         set_seed(hash((run.seed, phase.number, accelerator.process_index)) % 2**32)
         _begin(loop, train, tactics, point)
         if point is None or not point.finished:
-            with shared(accelerator, model, tactics) as wrapped:
+            quick = compiled(model) if run.compile == "quant" else nullcontext()
+            with quick, kept(model, not asked(accelerator)), shared(accelerator, model, tactics) as wrapped:
                 _equip(loop, train, optimizer, point)
                 _steps(loop, wrapped, run, phase, schedule, objective, tactics, clip)
             phase.write(point_of(loop, tactics, finished=True)) if accelerator.is_main_process else None
@@ -83,7 +88,8 @@ def fit(model: nn.Module, task: Task, *, train: str | Sequence[str] = "*", optim
 
 def _try(model: nn.Module, task: Task, costs: list[Cost], *, steps: int, **arguments: Any) -> History:
     """A few steps in place of all: of a planned run."""
-    real, task.run = task.run, Run(None, seed=task.run.seed, precision=task.run.precision, micro=task.run.micro, progress=False)
+    real, task.run = task.run, Run(None, seed=task.run.seed, precision=task.run.precision, micro=task.run.micro, progress=False,
+                                   compile=task.run.compile)
     try:
         history = fit(model, task, steps=min(steps, TRIED), **arguments)
     finally:
@@ -164,6 +170,7 @@ def _step(loop: Loop, wrapped: nn.Module, run: Run, objective: Loss, tactics: Se
     losses, norm = [], 0.0
     for loop.turn, part in enumerate(passes):
         part.enter(loop) if part.enter is not None else None
+        loop.refresh()
         loop.optimizer.zero_grad() if part.fresh else None
         losses.append(_backward(loop, wrapped, run, part.loss or objective, tactics))
         for tactic in tactics:
@@ -179,6 +186,7 @@ def _step(loop: Loop, wrapped: nn.Module, run: Run, objective: Loss, tactics: Se
     loop.optimizer.zero_grad()
     for tactic in tactics:
         tactic.after(loop)
+        loop.refresh()
     return sum(losses) / len(losses), norm
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 LEFT = ("state", "record.json", "model*.safetensors", "config.json", "tokenizer.json", "report.html", "exports")     # a run, or another model
 PRECISIONS = ("no", "bf16")
+COMPILES = ("no", "quant")
 
 
 class Run:
@@ -36,6 +37,7 @@ class Run:
     seed: of batches, dropout and all else that is drawn.
     resume: go on from out/state.
     precision: "no" computes in fp32; "bf16" multiplies in bfloat16 (autocast), masters and moments stay fp32.
+    compile: "quant" compiles the fake quantization and nothing else (kernels/compiled.py): the values are those of "no", bit for bit, in less time.
     micro: rows of one forward on one device; None takes a rank's whole share of the batch. Smaller needs less memory; the
     loss is the same but for what is measured in each forward (a fresh scale of a whole tensor) and for imitation in Chat, whose terms count rows.
     save_every: steps between resume points; None writes one every `save_seconds`.
@@ -48,15 +50,19 @@ class Run:
     """
 
     def __init__(self, out: str | Path | None = None, *, seed: int = 0, resume: bool = False, precision: str = "no", micro: int | None = None,
-                 save_every: int | None = None, save_seconds: float = 60.0, progress: bool = True, tensorboard: bool = False) -> None:
+                 save_every: int | None = None, save_seconds: float = 60.0, progress: bool = True, tensorboard: bool = False,
+                 compile: str = "no") -> None:
         self.out = None if out is None else Path(out)
         self.seed, self.resume, self.precision, self.micro, self.progress, self.tensorboard = seed, resume, precision, micro, progress, tensorboard
         self.save_every, self.save_seconds, self.phases = save_every, save_seconds, 0
+        self.compile = compile
         self.tactics: tuple[Tactic, ...] = ()
         self.histories: list[History] = []
         self.plan: list[Cost] | None = None
         if precision not in PRECISIONS:
             raise RunError(f"there is no precision {precision!r}; there are {', '.join(PRECISIONS)}")
+        if compile not in COMPILES:
+            raise RunError(f"there is no compile={compile!r}; there are {', '.join(COMPILES)}")
         for name, value in (("micro", micro), ("save_every", save_every)):
             if value is not None and value < 1:
                 raise RunError(f"{name}={value}: give a positive number, or None")
@@ -71,7 +77,8 @@ class Run:
         """The next phase, with the signature that its resume points must have."""
         self.phases += 1
         directory = None if self.out is None else self.out / "state" / f"phase-{self.phases:02d}"
-        signature = {"verb": verb, "phase": self.phases, "seed": self.seed, "precision": self.precision, "micro": self.micro, **arguments}
+        signature = {"verb": verb, "phase": self.phases, "seed": self.seed, "precision": self.precision, "micro": self.micro,
+                     "compile": self.compile, **arguments}
         return Phase(directory, self.phases, signature, self.save_every, self.save_seconds)
 
     def finish(self) -> None:

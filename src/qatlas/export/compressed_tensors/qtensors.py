@@ -30,13 +30,14 @@ import torch
 from torch import Tensor, nn
 
 from ...core.error import FormatError
+from ...core.floats import Float
 from ...core.grain import Block, Grain, Group, PerChannel, PerTensor, PerToken
-from ...core.grid import Float, Grid, Uniform
+from ...core.grid import Grid, Uniform
 from ...core.qtensor import QTensor, unpack_bits
 from ...core.quantizer import Quant
 from ...core.scale import AbsMax, Learned, MinMax
 from ..checkpoint import Signal
-from .directory import skeleton
+from ..folder import skeleton
 from .fitting import NAME
 from .kinds import POWER
 from .readers import config_of, tensors_of
@@ -119,7 +120,7 @@ def _schemes(path: str | Path) -> dict[str, tuple[str, dict[str, Any]]]:
             raise FormatError(f"{path}: config group {name} lists no targets with weights; presets and groups of inputs alone are not read")
     ignore = said.get("ignore") or []
     out = {}
-    for layer, module in skeleton(config).items():
+    for layer, module in skeleton(config, NAME).items():
         if not isinstance(module, nn.Linear | nn.Embedding) or any(rank(layer, module, target) for target in ignore):
             continue
         ranked = [(found, i) for i, group in enumerate(groups.values()) for target in group["targets"] if (found := rank(layer, module, target))]

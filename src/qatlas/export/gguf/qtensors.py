@@ -2,7 +2,7 @@
 
 Each tensor of a type of layout.py becomes a QTensor in the block's own form, rows of q and k back in Hugging Face order, whole, with their codes and
 steps; F32, F16 and BF16 stay as they are. `QTensor.dequantize()` is what `gguf.dequantize` gives, bit for bit. What has no such form is refused by
-name, never dequantized in silence: the types with lattice codebooks (IQ1, IQ2, IQ3), with a table of their own (IQ4_NL, IQ4_XS), NVFP4, a ternary
+name, never dequantized in silence: the types with lattice codebooks (IQ1, IQ2, IQ3), IQ4_XS, NVFP4, a ternary
 block with a fourth value (TQ2_0 code 3), a model in several files, experts, steps that are NaN.
 
 The config is made from the header, as llama.py makes the header from a config. transformers has a reader for that too; it passes over rotary scaling,

@@ -1,0 +1,1 @@
+"""Fast paths for what core says: the same numbers in less time."""
