@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.error import FormatError
+from ..core.error import SAID, FormatError
 from ..core.quantizer import Quant
 from .checkpoint import TOKENIZER, Checkpoint, appearing
+from .shards import read_json, shards
 
 
 def plan(checkpoint: Checkpoint, form: str, kind_of: Callable[[Any, Quant | None], str]) -> dict[str, str]:
@@ -151,10 +152,9 @@ def plain(tensor: Tensor) -> Tensor:
 def said(path: str | Path) -> dict[str, Any] | None:
     """`quantization_config` of a directory's config.json, or None where there is none to read."""
     try:
-        found = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        inner = read_json(Path(path) / "config.json").get("quantization_config")
+    except FormatError:
         return None
-    inner = found.get("quantization_config") if isinstance(found, dict) else None
     return inner if isinstance(inner, dict) else None
 
 
@@ -165,17 +165,14 @@ def config(path: str | Path, method: str) -> dict[str, Any]:
         FormatError: no such file, no JSON, another method.
     """
     file = Path(path) / "config.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FormatError(f"there is no {method} directory {path}: it has no config.json") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise FormatError(f"{file} cannot be read ({error}); write it anew") from None
-    inner = found.get("quantization_config") if isinstance(found, dict) else None
+    if not file.is_file():
+        raise FormatError(f"there is no {method} directory {path}: it has no config.json")
+    found = read_json(file)
+    inner = found.get("quantization_config")
     by = inner.get("quant_method") if isinstance(inner, dict) else None
     if by != method:
         raise FormatError(f"{file} describes no {method} model, its quantization is by {by!r}")
-    return dict(found)
+    return found
 
 
 @dataclass
@@ -187,20 +184,15 @@ class Tensors:
 
     @classmethod
     def of(cls, path: str | Path) -> Tensors:
-        """All of model*.safetensors.
+        """All of its shards.
 
         Raises:
             FormatError: none, only pickle files, one that is truncated or of another kind, a name that stands in two.
         """
         from safetensors import SafetensorError, safe_open
 
-        files = sorted(Path(path).glob("model*.safetensors"))
-        if not files:
-            pickles = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in Path(path).glob(kind))
-            raise FormatError(f"{path} has no model.safetensors" + (f", only {', '.join(pickles)}: pickle files are never opened; convert them to "
-                              "safetensors where they were made" if pickles else "; the copy is not complete"))
         out = cls({}, {})
-        for file in files:
+        for file in shards(path):
             try:
                 with safe_open(file, framework="pt") as opened:
                     names = list(opened.keys())
@@ -209,5 +201,5 @@ class Tensors:
                     out.values |= {name: opened.get_tensor(name) for name in names}
                     out.header |= opened.metadata() or {}
             except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-                raise FormatError(f"{file} is no whole safetensors file: {error}. It is truncated or of another kind; write it anew") from None
+                raise FormatError(f"{file} is no whole safetensors file, truncated or of another kind: {str(error)[:SAID]}") from None
         return out

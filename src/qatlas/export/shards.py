@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..core.error import FormatError
+from ..core.error import SAID, FormatError
 
 INDEX = "model.safetensors.index.json"
 
@@ -24,12 +24,12 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         FormatError: no such file, or it holds something else.
     """
+    if not file.is_file():                                        # nor is a pipe, at which a reader would wait, or a device without an end
+        raise FormatError(f"{file.parent} has no file {file.name}")
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FormatError(f"{file.parent} has no {file.name}") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise FormatError(f"{file} cannot be read ({error}); copy or write it anew") from None
+        raise FormatError(f"{file} cannot be read ({str(error)[:SAID]}); copy or write it anew") from None
     if not isinstance(said, dict):
         raise FormatError(f"{file} holds a {type(said).__name__}, and should hold an object; copy or write it anew")
     return said
@@ -88,7 +88,7 @@ def headers(path: str | Path) -> dict[str, Stored]:
                     part = opened.get_slice(name)
                     out[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError, ValueError) as error:
-            raise FormatError(f"{file} is no whole safetensors file: {error}. It is truncated or of another kind; write it anew") from None
+            raise FormatError(f"{file} is no whole safetensors file, truncated or of another kind: {str(error)[:SAID]}") from None
     return out
 
 
@@ -106,4 +106,4 @@ def tensors(found: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
                 for name in (name for name, stored in found.items() if stored.file == file):
                     yield name, opened.get_tensor(name)
         except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
-            raise FormatError(f"{file} cannot be read: {error!r}; write it anew") from None
+            raise FormatError(f"{file} cannot be read: {str(error)[:SAID]!r}; write it anew") from None

@@ -88,7 +88,8 @@ def blank(model: nn.Module, pairs: Mapping[str, str]) -> Callable[[], None]:
     Raises:
         CheckpointError: names that are no norm and no layer of this model.
     """
-    modules, before, undo = dict(model.named_modules()), folded(model), []
+    modules, before = dict(model.named_modules()), folded(model)
+    undo: list[tuple[nn.Module, nn.Module, Any, Any]] = []
     for name, layer in pairs.items():
         if not isinstance(modules.get(name), NORMS) or not isinstance(modules.get(layer), LAYERS):
             raise CheckpointError(f"the file folds {name!r} into {layer!r}, and {type(model).__name__} has no such norm and layer; it belongs to "

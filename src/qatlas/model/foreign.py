@@ -11,7 +11,6 @@ is initialised at random, and nothing of the file is left out. Plain tensors are
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from ..core.error import CheckpointError, FormatError, QuantError
 from ..core.qtensor import QTensor
 from ..export import holder, readable
 from ..export.checkpoint import Signal
+from ..export.shards import read_json
 from ..layers.packed import Packed, PackedEmbedding, PackedLinear
 from ..layers.quantized import Slots
 from . import artefact, hub
@@ -76,7 +76,7 @@ def _read(path: str | Path) -> tuple[nn.Module, dict[str, QTensor | Tensor], dic
     if form is None:
         raise CheckpointError(f"{path} is of no format that training can start from; those are {', '.join(readable())}")
     module = readable()[form]
-    config = module.config(path) if hasattr(module, "config") else json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    config = module.config(path) if hasattr(module, "config") else read_json(Path(path) / "config.json")
     model = _empty(path, config)
     return model, module.qtensors(path), module.inputs(path) if hasattr(module, "inputs") else {}
 

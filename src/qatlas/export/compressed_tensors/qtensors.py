@@ -21,7 +21,6 @@ and 7 bits, which leaves bits of each word unused: it is told by the number of w
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from ...core.qtensor import QTensor, unpack_bits
 from ...core.quantizer import Quant
 from ...core.scale import AbsMax, Learned, MinMax
 from ..checkpoint import Signal
-from ..folder import skeleton
+from ..folder import said, skeleton
 from .fitting import NAME
 from .kinds import POWER
 from .readers import config_of, tensors_of
@@ -53,11 +52,7 @@ REFUSED = {"kv_cache_scheme": "a quantized key/value cache", "transform_config":
 
 def holds(path: str | Path) -> bool:
     """Whether a directory is of this format, by its config.json alone."""
-    try:
-        said = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["quantization_config"]["quant_method"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return bool(said == NAME)
+    return (said(path) or {}).get("quant_method") == NAME
 
 
 def qtensors(path: str | Path) -> dict[str, QTensor | Tensor]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.error import SAID, FormatError, foreign
-from ..shards import headers, tensors
+from ..shards import headers, read_json, tensors
 from .fitting import NAME
 
 
@@ -116,13 +115,10 @@ def _groups(path: str | Path) -> dict[str, Any]:
 
 def config_of(path: str | Path) -> dict[str, Any]:
     file = Path(path) / "config.json"
-    if not file.is_file():                                        # neither is a pipe, at which a reader would wait
+    if not file.is_file():
         raise FormatError(f"there is no {NAME} directory {path}: it has no file config.json")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise FormatError(f"{file} cannot be read ({error}); write it anew") from None
-    said = config.get("quantization_config") if isinstance(config, dict) else None
+    config = read_json(file)
+    said = config.get("quantization_config")
     method = said.get("quant_method") if isinstance(said, dict) else None
     if not isinstance(said, dict) or method != NAME or not isinstance(said.get("config_groups"), dict):
         raise FormatError(f"{file} describes no {NAME} model, its quantization is by {method!r}")

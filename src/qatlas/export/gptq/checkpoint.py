@@ -13,6 +13,7 @@ groups (also one that was never filled in), v1 zeros on which readers disagree (
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def config(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_dir():
         raise FormatError(f"there is no {NAME} directory {path}")
-    said = read_json(path / "config.json").get("quantization_config") if (path / "config.json").is_file() else None
+    said = read_json(path / "config.json").get("quantization_config") if os.path.lexists(path / "config.json") else None
     file = path / "config.json"
     if not isinstance(said, dict) and (path / OLD).is_file():
         file = path / OLD

@@ -20,6 +20,8 @@ def answers(path: str | Path, asked: list[Tensor], engine: Any = runtime) -> Ten
     Raises:
         FormatError: a file that the engine cannot load or run.
     """
+    if not Path(path).is_file():                                  # nor is a pipe, at which an engine would wait
+        raise FormatError(f"there is no ONNX file {path}")
     ask = engine.start(str(path))
     names = ask.inputs
     out = []
