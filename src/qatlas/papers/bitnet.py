@@ -32,7 +32,7 @@ here. Products are computed in floating point from the quantized values, not in 
 lambda) are shares of the run here. The learning rate of the second half is two thirds of what the line would give there: the peaks of the
 paper's table, 1.5e-3 and 1e-3 at 700 M, read so that the rate drops in the middle. Embeddings and the head stay in full precision.
 
-Numbers of ours: docs/results.md will have them when runs/bitnet_zoo.sh has been run.
+Numbers of ours: docs/results.md#bitnet. In short runs on a small model three values come out ahead of full precision, and SubLN behind no norm.
 """
 
 from __future__ import annotations
