@@ -253,7 +253,7 @@ def spoil(path, how):
 BROKEN = {"truncated": "truncated", "header": "truncated", "missing": "1 missing: model.layers.0.mlp.up_proj.store.codes",
           "extra": "1 superfluous: spare", "shape": "of another shape", "type": "not U8", "pickle": "pickle files are never opened",
           "gone": "no model.safetensors",
-          "config": "no config.json", "json": "cannot be read", "version": "version 2", "news": "with news", "foreign": "'gptq'",
+          "config": "no config.json", "json": "no JSON", "version": "version 2", "news": "with news", "foreign": "'gptq'",
           "layers": "no layers", "width": "in the model", "depth": "lacks", "class": "Evil"}
 
 
