@@ -82,7 +82,7 @@ def test_what_a_run_leaves_behind(made):
 
 def test_the_built_in_text_is_told(llama_dir, monkeypatch, capsys):
     """Nobody trains on Python's documentation without knowing."""
-    def stop(*_):
+    def stop(*_, **__):
         raise DataError("enough")
 
     monkeypatch.setattr("qatlas.job.prepare", stop)

@@ -149,7 +149,7 @@ def test_a_papers_arguments_are_refused_before_the_model_is_loaded(small, monkey
     def never(*_):
         raise AssertionError("it loads")
 
-    monkeypatch.setattr("qatlas.prepare.load", never)
+    monkeypatch.setattr("qatlas.prepare.start", never)
     with pytest.raises(QatlasError, match=said):
         doing(paper, arguments, replace(small, target="gguf:tq2_0"))
     with pytest.raises(AssertionError, match="it loads"):
@@ -157,7 +157,8 @@ def test_a_papers_arguments_are_refused_before_the_model_is_loaded(small, monkey
 
 
 def test_missing_data_is_refused_before_the_model_is_loaded(small, monkeypatch):
-    monkeypatch.setattr("qatlas.prepare.load", None)
+    for way in ("load", "start"):
+        monkeypatch.setattr(f"qatlas.prepare.{way}", None)
     with pytest.raises(DataError, match="there is no file none.txt"):
         prepare(replace(small, data="none.txt"), Run(None))
 

@@ -356,7 +356,7 @@ def test_truncated_and_foreign_directories(copied, tmp_path):
     (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
     with pytest.raises(FormatError, match="pytorch_model.bin: pickle files are never opened"):
         form.qtensors(copied)
-    for text, says in (("{", "cannot be read"), ("[" * 100000, "cannot be read"), ("{}", "by None"), ("[]", "by None"),
+    for text, says in (("{", "cannot be read"), ("[" * 100000, "cannot be read"), ("{}", "by None"), ("[]", "holds a list"),
                        (config.replace('"torchao"', '"gptq"'), "by 'gptq'")):
         (copied / "config.json").write_text(text)
         assert not form.holds(copied)
