@@ -3,7 +3,7 @@
     python runs/plan_check.py [--rounds 3] [--page docs/results.md]
 
 Plan and run take turns, so that a machine that others use, too, is unfair to both. What is compared is what a plan speaks of: loading, judging and
-training, not packing, exporting and reading back (the last column tells what the whole run's memory was).
+training, not packing, saving and reading back (the last column is the whole run, without an export).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--page", help="the file whose section is made anew")
     given = parser.parse_args()
-    lines = ["| | seconds, planned | seconds, run | plan / run | MiB, planned | MiB, run | plan / run | MiB with export |", "|---" * 8 + "|"]
+    lines = ["| | seconds, planned | seconds, run | plan / run | MiB, planned | MiB, run | plan / run | MiB, whole run |", "|---" * 8 + "|"]
     for name in CASES:
         both = [(one("plan", name), one("run", name)) for _ in range(given.rounds)]
         planned, done = ([statistics.median(pair[side][i] for pair in both) for i in range(3)] for side in (0, 1))
