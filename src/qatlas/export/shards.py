@@ -7,6 +7,7 @@ holds against the length of the file, before any tensor is asked for.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,26 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(said, dict):
         raise FormatError(f"{file} holds a {type(said).__name__}, and should hold an object; copy or write it anew")
     return said
+
+
+def quantization(path: str | Path, method: str, old: str) -> dict[str, Any]:
+    """`quantization_config` of config.json, of a quantization by `method`; or the whole file `old`, where it stood before config.json had a place.
+
+    Raises:
+        FormatError: no such directory, a config.json that cannot be read, or another method.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FormatError(f"there is no {method} directory {path}")
+    file = path / "config.json"
+    found = read_json(file).get("quantization_config") if os.path.lexists(file) else None         # a pipe or a loop is there, and refused
+    if not isinstance(found, dict) and (path / old).is_file():
+        file = path / old
+        found = {"quant_method": method} | read_json(file)
+    by = found.get("quant_method") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or by != method:
+        raise FormatError(f"{file} describes no {method} model, its quantization is by {by!r}")
+    return found
 
 
 class Stored(NamedTuple):

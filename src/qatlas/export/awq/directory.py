@@ -24,7 +24,7 @@ from .. import grouped
 from ..checkpoint import Checkpoint, vacant
 from ..folder import plain, skeleton
 from ..folder import write as appear
-from ..shards import Stored, headers, read_json, tensors
+from ..shards import Stored, headers, quantization, tensors
 from .layout import BITS, KINDS, NAME, Parts, restore, store
 
 OLD = "quant_config.json"                                         # where AutoAWQ wrote it before config.json had a place
@@ -79,19 +79,9 @@ def config(path: str | Path) -> dict[str, Any]:
     Raises:
         FormatError: no such directory, or another method.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise FormatError(f"there is no {NAME} directory {path}")
-    file = path / "config.json"
-    said = read_json(file).get("quantization_config") if file.is_file() else None
-    if not isinstance(said, dict) and (path / OLD).is_file():
-        file = path / OLD
-        said = {"quant_method": NAME} | read_json(file)
-    method = said.get("quant_method") if isinstance(said, dict) else None
-    if not isinstance(said, dict) or method != NAME:
-        raise FormatError(f"{file} describes no {NAME} model, its quantization is by {method!r}")
-    old = {"bits": said.get("w_bit"), "group_size": said.get("q_group_size", -1)} if "w_bit" in said else {}
-    return said | old
+    found = quantization(path, NAME, OLD)
+    old = {"bits": found.get("w_bit"), "group_size": found.get("q_group_size", -1)} if "w_bit" in found else {}
+    return found | old
 
 
 def qtensors(path: str | Path) -> dict[str, QTensor | Tensor]:

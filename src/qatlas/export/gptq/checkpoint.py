@@ -13,7 +13,6 @@ groups (also one that was never filled in), v1 zeros on which readers disagree (
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from ...core.error import FormatError
 from ...core.qtensor import QTensor
-from ..shards import Stored, headers, read_json, tensors
+from ..shards import Stored, headers, quantization, tensors
 from .layout import NAME, V1, V2, Parts, restore
 
 OLD = "quantize_config.json"                                      # where AutoGPTQ wrote it before config.json had a place
@@ -44,18 +43,7 @@ def config(path: str | Path) -> dict[str, Any]:
     Raises:
         FormatError: no such directory, or another method.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise FormatError(f"there is no {NAME} directory {path}")
-    said = read_json(path / "config.json").get("quantization_config") if os.path.lexists(path / "config.json") else None
-    file = path / "config.json"
-    if not isinstance(said, dict) and (path / OLD).is_file():
-        file = path / OLD
-        said = {"quant_method": NAME} | read_json(file)
-    method = said.get("quant_method") if isinstance(said, dict) else None
-    if not isinstance(said, dict) or method != NAME:
-        raise FormatError(f"{file} describes no {NAME} model, its quantization is by {method!r}")
-    return said
+    return quantization(path, NAME, OLD)
 
 
 def qtensors(path: str | Path) -> dict[str, QTensor | Tensor]:
