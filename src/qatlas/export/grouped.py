@@ -19,7 +19,7 @@ trained with quantized ones is refused, since no reader would compute what was t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ from ..core.qtensor import QTensor
 from ..core.quantizer import Quant
 from ..core.scale import AbsMax
 from .checkpoint import Checkpoint
-from .folder import check_names, skeleton
+from .folder import check_names, plain, skeleton
 from .integers import TIMES, each, integers, sharing
 
 GROUPS = (128, 64, 32)
@@ -164,6 +164,22 @@ def size(parts: Iterable[QTensor]) -> int:
     if all(n == width for n, width in found):
         return -1
     return next(group for group in GROUPS if all(n % group == 0 for n, _ in found))
+
+
+def stored(checkpoint: Checkpoint, form: str, store: Callable[..., Any]) -> tuple[dict[str, QTensor], int, dict[str, Tensor]]:
+    """Layer -> QTensor, the group size of the file, and its tensors: what is quantized as `store(tensor, group=size)` names it, the rest plain.
+
+    Raises:
+        FormatError: nothing is quantized.
+    """
+    parts = {name.removesuffix(".weight"): tensor for name, tensor in checkpoint.tensors.items() if isinstance(tensor, QTensor)}
+    if not parts:
+        raise FormatError(f"no layer is quantized, so there is nothing that {form} could say of this model")
+    group = size(parts.values())
+    out = {name: plain(tensor) for name, tensor in checkpoint.tensors.items() if isinstance(tensor, Tensor)}
+    for layer, tensor in parts.items():
+        out |= {f"{layer}.{part}": value for part, value in store(tensor, group=group)._asdict().items()}
+    return parts, group, out
 
 
 def middle(tensor: QTensor, bits: int) -> bool:

@@ -12,6 +12,7 @@ to no weight.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ...core.error import FormatError
 from ...core.qtensor import QTensor
 from .. import grouped
 from ..checkpoint import Checkpoint, vacant
-from ..folder import plain, skeleton
+from ..folder import skeleton
 from ..folder import write as appear
 from ..shards import Stored, headers, quantization, tensors
 from .layout import BITS, KINDS, NAME, Parts, restore, store
@@ -53,13 +54,7 @@ def write(checkpoint: Checkpoint, path: str | Path, target: str) -> Path:
     path = Path(path)
     vacant(path)
     plan(checkpoint, target)
-    parts = {name.removesuffix(".weight"): tensor for name, tensor in checkpoint.tensors.items() if isinstance(tensor, QTensor)}
-    if not parts:
-        raise FormatError(f"no layer is quantized, so there is nothing that {NAME} could say of this model")
-    group = grouped.size(parts.values())
-    out: dict[str, Tensor] = {name: plain(tensor) for name, tensor in checkpoint.tensors.items() if isinstance(tensor, Tensor)}
-    for layer, tensor in parts.items():
-        out |= {f"{layer}.{part}": value for part, value in store(tensor, target, group)._asdict().items()}
+    parts, group, out = grouped.stored(checkpoint, NAME, partial(store, target=target))
     full = [name for name, module in skeleton(checkpoint.config, NAME).items() if isinstance(module, nn.Linear) and name not in parts]
     said = {"quant_method": NAME, "bits": BITS, "group_size": group, "zero_point": True, "version": "gemm", "modules_to_not_convert": full or None}
     return appear(path, out, checkpoint.config | {"quantization_config": said}, checkpoint.tokenizer)

@@ -7,16 +7,13 @@ for transformers; `dynamic` has "-:name" for each that is not, for GPTQModel and
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from ...core.error import FormatError
-from ...core.qtensor import QTensor
 from .. import grouped
 from ..checkpoint import Checkpoint, vacant
-from ..folder import plain, skeleton
+from ..folder import skeleton
 from ..folder import write as appear
 from .layout import CLASSES, KINDS, NAME, V1, V2, store
 
@@ -43,13 +40,7 @@ def write(checkpoint: Checkpoint, path: str | Path, target: str) -> Path:
     path = Path(path)
     vacant(path)
     plan(checkpoint, target)
-    parts = {name.removesuffix(".weight"): tensor for name, tensor in checkpoint.tensors.items() if isinstance(tensor, QTensor)}
-    if not parts:
-        raise FormatError(f"no layer is quantized, so there is nothing that {NAME} could say of this model")
-    group = grouped.size(parts.values())
-    tensors: dict[str, Tensor] = {name: plain(tensor) for name, tensor in checkpoint.tensors.items() if isinstance(tensor, Tensor)}
-    for layer, tensor in parts.items():
-        tensors |= {f"{layer}.{part}": value for part, value in store(tensor, target, group)._asdict().items()}
+    parts, group, tensors = grouped.stored(checkpoint, NAME, partial(store, target=target))
     said = _config(checkpoint, target, group, set(parts), all(grouped.middle(tensor, KINDS[target].bits) for tensor in parts.values()))
     config = checkpoint.config | {"quantization_config": said}
     return appear(path, tensors, config, checkpoint.tokenizer, more={"quantize_config.json": said})
