@@ -15,6 +15,8 @@ choice among two, the same freedom for every row), and kept for the other seeds.
 The paper's claims at this size: full precision < b1.58 < b1 in perplexity; SubLN with the higher rate better than none; two stages no worse than one
 cosine. The text is small: 800 steps of 1,024 tokens are about one epoch, and more than three measure memory, not language.
 
+A control of the bench itself: with 8-bit weights in the place of ternary ones the losses must be those of full precision (--control STEPS).
+
     python runs/bitnet_zoo.py [--out out/bitnet_zoo] [--seeds 3] [--steps 400] [--lrs 5e-4 1.5e-3] [--page docs/results.md]
 """
 
@@ -30,9 +32,12 @@ from typing import Any
 import torch
 from pages import between
 
+from qatlas.core.grid import Uniform
+from qatlas.core.quantizer import Quant
 from qatlas.layers.norm import Norm
 from qatlas.model.load import load
-from qatlas.model.rules import Rule, quantize
+from qatlas.model.roles import Role
+from qatlas.model.rules import Rule, keep_full, quantize
 from qatlas.papers.bitnet import bitnet, renew, unnormed
 from qatlas.train.evaluate import evaluate
 from qatlas.train.fit import fit
@@ -51,6 +56,7 @@ ROWS: dict[str, dict[str, Any] | None] = {                        # a row -> wha
     "b1.58, SubLN, one cosine": {"bits": 1.58, "sub_norm": True, "two_stage": False},
     "b1, SubLN": {"bits": 1, "sub_norm": True},
 }
+EIGHT = "8-bit weights"                                           # the control's
 WARMUP, DECAY = 0.05, 0.1
 
 
@@ -63,8 +69,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--page", help="the file whose section is made anew")
+    parser.add_argument("--control", type=int, metavar="STEPS", help="train full precision and 8-bit weights for so many steps, and nothing else")
     given = parser.parse_args()
     out = Path(given.out)
+    if given.control:
+        return control(out, given)
     tried = {row: [one(out, row, lr, 0, given) for lr in given.lrs] for row in ROWS}
     best = {row: min(runs, key=lambda run: run["perplexity"]) for row, runs in tried.items()}
     chosen = {row: [best[row]] for row in ROWS}
@@ -76,6 +85,20 @@ def main() -> None:
     if given.page:
         page = Path(given.page)
         page.write_text(between(page.read_text(), "bitnet", text))
+
+
+def control(out: Path, given: argparse.Namespace) -> None:
+    """The losses of full precision and of 8-bit weights, same seed, same steps, at the highest rate; kept as control.json."""
+    losses = {}
+    for row in ("full precision", EIGHT):
+        model, tokenizer = load(MODEL)
+        task = LanguageModelling(DATA, tokenizer, length=given.length, batch=given.batch, run=Run(None, seed=0))
+        train(model, task, row, max(given.lrs), given.control)
+        losses[row] = task.run.histories[0].loss
+    apart = max(abs(a - b) for a, b in zip(*losses.values(), strict=True))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "control.json").write_text(json.dumps(losses | {"largest difference": apart, "lr": max(given.lrs), "batch": given.batch}))
+    print(f"the losses of {given.control} steps differ by at most {apart:.4f}; the last: " + ", ".join(f"{each[-1]:.3f}" for each in losses.values()))
 
 
 def one(out: Path, row: str, lr: float, seed: int, given: argparse.Namespace) -> dict[str, Any]:
@@ -121,11 +144,13 @@ def told(values: list[float]) -> str:
 
 def train(model: torch.nn.Module, task: LanguageModelling, row: str, lr: float, steps: int) -> None:
     """A row's training, in place."""
-    told = ROWS[row]
+    told = ROWS.get(row)
     if told is not None:
         bitnet(model, task, scratch=True, lr=lr, weight_decay=DECAY, warmup=WARMUP, steps=steps, **told)
         return
     renew(model, task.run.seed)
+    if row == EIGHT:
+        quantize(model, [*keep_full(Role.EMBEDDING, Role.HEAD), Rule("*", weight=Quant(Uniform(8)))])
     if "SubLN" in row:
         quantize(model, [Rule(name, norm=Norm()) for name in unnormed(model)])
     fit(model, task, optimizer=AdamW(lr=lr, weight_decay=DECAY, betas=(0.9, 0.95)), schedule=two_stage(WARMUP), steps=steps, tactics=[NoDecay(0.5)])

@@ -5,3 +5,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python runs/bitnet_zoo.py --out docs/evidence/bitnet --page docs/results.md
+python runs/bitnet_zoo.py --out docs/evidence/bitnet --control 100

@@ -21,15 +21,18 @@ values bit for bit (kernels/compiled.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from .gate import between, gate
 from .grid import Grid
 from .noun import Noun
 from .place import Place, decode, locate
+from .portion import divides, in_portions
 
 if TYPE_CHECKING:
     from .quantizer import Quant
@@ -64,7 +67,7 @@ class Clip(Estimator):
     at: float | None = None
 
     def __call__(self, g: Tensor, u: Tensor, v: Tensor, grid: Grid) -> Tensor:
-        return g * (grid.inside(u, self.margin) if self.at is None else u.abs() <= self.at)
+        return grid.passes(g, u, self.margin) if self.at is None else gate(g, u, -self.at, self.at)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Trust(Estimator):
     bound: float = 0.5
 
     def __call__(self, g: Tensor, u: Tensor, v: Tensor, grid: Grid) -> Tensor:
-        return g * ((u - v).abs() <= self.bound)
+        return gate(g, u - v, -self.bound, self.bound)
 
 
 class Formula(Protocol):
@@ -105,7 +108,7 @@ class Snap(torch.autograd.Function):
         if known is not None:
             return known.detach()
         place = Place(s, zero, offset)
-        return forward(x, place, shift, quant)[0] if formula is None else formula.values(x, place, shift)
+        return values(x, place, shift, quant) if formula is None else formula.values(x, place, shift)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -113,8 +116,11 @@ class Snap(torch.autograd.Function):
             return (g if ctx.quant.clip is None else inside(g, ctx.saved_tensors[0], ctx.quant), *(None,) * 8)
         x, s, zero, offset, shift = ctx.saved_tensors
         place = Place(s, zero, offset)
-        if ctx.formula is None or torch.is_grad_enabled():        # a second derivative wants the lines themselves
+        grads: Sequence[Tensor | None]
+        if torch.is_grad_enabled():                               # a second derivative wants the lines themselves
             grads = pull(g, x, place, shift, ctx.quant, ctx.strength)
+        elif ctx.formula is None:
+            grads = pulled(g, x, place, shift, ctx.quant, ctx.strength)
         else:
             grads = ctx.formula.pull(g, x, place, shift, ctx.strength)
         return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None, None
@@ -128,6 +134,20 @@ def forward(x: Tensor, place: Place, shift: Tensor | None, quant: Quant) -> tupl
     if quant.refit:
         settled = settled._replace(s=quant.scale.cast(refit(x, v, settled)))
     return decode(v, settled), v, settled
+
+
+def values(x: Tensor, place: Place, shift: Tensor | None, quant: Quant) -> Tensor:
+    """y of `forward`, of a large x without its large temporaries."""
+    if not (_apart(quant) and divides(x, *place, shift)):
+        return forward(x, place, shift, quant)[0]
+    y = in_portions(lambda x, s, zero, offset, shift: forward(x, Place(s, zero, offset), shift, quant)[:1], x, *place, shift)[0]
+    assert y is not None
+    return y
+
+
+def _apart(quant: Quant) -> bool:
+    """Whether rows know nothing of each other: two-level steps are rounded together."""
+    return quant.scale.nested is None and quant.scale.offset_nested is None
 
 
 def bounded(x: Tensor, clip: float | None) -> Tensor:
@@ -159,7 +179,7 @@ def refit(x: Tensor, v: Tensor, place: Place) -> Tensor:
 
 def inside(dx: Tensor, x: Tensor, quant: Quant) -> Tensor:
     """The gradient of x, 0 at the clip and beyond."""
-    return dx if quant.clip is None else dx * (x.abs() < quant.clip)
+    return dx if quant.clip is None else between(dx, x, -quant.clip, quant.clip)
 
 
 def pull(g: Tensor, x: Tensor, place: Place, shift: Tensor | None, quant: Quant, strength: float) -> tuple[Tensor | None, ...]:
@@ -174,7 +194,14 @@ def pull(g: Tensor, x: Tensor, place: Place, shift: Tensor | None, quant: Quant,
     ds = (g * quant.scale.slope(u, v, place.zero, grid)).sum(-1, keepdim=True) * strength
     if quant.scale.sign == "abs":
         ds = torch.where(raw < 0, -ds, ds)                        # d|s|/ds
-    outside = g if place.zero is None and place.offset is None else g * ~grid.inside(u, quant.scale.margin)
+    outside = g if place.zero is None and place.offset is None else g - grid.passes(g, u, quant.scale.margin)
     dzero = None if place.zero is None else -(outside * place.s).sum(-1, keepdim=True) * strength
     doffset = None if place.offset is None else outside.sum(-1, keepdim=True) * strength
     return dx, ds, dzero, doffset, dshift
+
+
+def pulled(g: Tensor, x: Tensor, place: Place, shift: Tensor | None, quant: Quant, strength: float) -> Sequence[Tensor | None]:
+    """`pull`, of a large x without its large temporaries."""
+    if not (_apart(quant) and divides(x, g, *place, shift)):
+        return pull(g, x, place, shift, quant, strength)
+    return in_portions(lambda g, x, s, zero, offset, shift: pull(g, x, Place(s, zero, offset), shift, quant, strength), g, x, *place, shift)

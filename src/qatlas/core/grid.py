@@ -23,9 +23,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .error import QuantError
+from .gate import gate
 from .noun import Noun
 
 
@@ -81,6 +83,11 @@ class Grid(Noun):
         low, high = self.reach
         return (u >= low - margin) & (u <= high + margin)
 
+    def passes(self, g: Tensor, u: Tensor, margin: float = 0.0) -> Tensor:
+        """g where u is inside, else 0."""
+        low, high = self.reach
+        return gate(g, u, low - margin, high + margin)
+
     def values(self) -> Tensor:
         """All values, ascending."""
         return self.decode(torch.arange(self.count))
@@ -125,6 +132,9 @@ class Uniform(Grid):
     def inside(self, u: Tensor, margin: float = 0.0) -> Tensor:
         """As everywhere; with margin 0.5 where rounding alone lands on the grid, ties as rounding breaks them (7.5 -> 8 is outside of 4 bits)."""
         return super().inside(u.round()) if margin == 0.5 else super().inside(u, margin)
+
+    def passes(self, g: Tensor, u: Tensor, margin: float = 0.0) -> Tensor:
+        return super().passes(g, u.round()) if margin == 0.5 else super().passes(g, u, margin)
 
     def encode(self, v: Tensor) -> Tensor:
         return self._codes(v - (self.low - self.narrow))          # a narrow grid keeps the code of the full one
@@ -256,7 +266,7 @@ class Ternary(Grid):
         return 3
 
     def snap(self, u: Tensor) -> Tensor:
-        return u.sign().mul_(u.abs() > self.threshold).add_(nought(u))
+        return F.hardshrink(u, self.threshold).sign_().add_(nought(u))
 
     def encode(self, v: Tensor) -> Tensor:
         return self._codes(v + 1)
@@ -278,7 +288,7 @@ class Sign(Grid):
     high: ClassVar[float] = 1.0
 
     def snap(self, u: Tensor) -> Tensor:
-        return (u >= 0).to(u.dtype).mul_(2).sub_(1).add_(nought(u))
+        return torch.copysign(u.new_ones(()), u + 0.0).add_(nought(u))    # + 0.0: negative zero is zero
 
     def encode(self, v: Tensor) -> Tensor:
         return self._codes(v > 0)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .error import QuantError
-from .estimator import Estimator, Formula, Snap, Ste, bounded, forward, refit, settle
+from .estimator import Estimator, Formula, Snap, Ste, bounded, forward, refit, settle, values
 from .grain import Grain, PerChannel, PerToken
 from .grid import Grid, Uniform
 from .noun import Noun
@@ -88,8 +88,7 @@ class Quant(Noun):
     def hard(self, x: Tensor) -> Tensor:
         """The values of `quantize`, in the shape and dtype of x."""
         view = self.grain.view(working(x))
-        y, _, _ = forward(view, self.measure(view), None, self)
-        return self.grain.back(y, x.shape).to(x.dtype)
+        return self.grain.back(values(view, self.measure(view), None, self), x.shape).to(x.dtype)
 
 
 class Known(NamedTuple):
@@ -230,7 +229,7 @@ class Quantizer(nn.Module):
         place = self.place(view)
         shift = None if shift is None else self.quant.grain.view(shift)
         formula = self._runs()
-        y = forward(view, place, shift, self.computes)[0] if formula is None else formula.values(view, place, shift)
+        y = values(view, place, shift, self.computes) if formula is None else formula.values(view, place, shift)
         return Known(self.quant.grain.back(y, x.shape).to(x.dtype), place)
 
     @torch.no_grad()

@@ -139,8 +139,9 @@ class Scale(Noun):
         end = v if zero is None else v - zero
         if self.gradient == "value":
             return end
-        inside = grid.inside(u, self.margin)
-        return v - u * inside if zero is None else torch.where(inside, v - u, end)    # the first is exact, and the cheaper by far
+        if zero is None:
+            return v - grid.passes(u, u, self.margin)
+        return grid.passes(v - u, u, self.margin) + (end - grid.passes(end, u, self.margin))    # of two summands one is 0: exact
 
     def strength(self, view: torch.Size, shape: torch.Size | tuple[int, ...], grid: Grid) -> float:
         """The gradient factor for a view of a tensor of `shape`."""
