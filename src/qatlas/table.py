@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .record import Record
+    from .trial import Trials
 
 METRICS = ("perplexity", "accuracy", "pearson")
 SAID = {"untrained": "rounded, untrained"}                        # stage -> how people are told
@@ -80,6 +81,21 @@ def benchmarks(found: dict[str, dict[str, dict[str, float]]]) -> None:
             value, error = (scores.get(task, {}).get(name) for name in (metric, f"{metric} ±"))
             cells.append(("" if value is None else f"{value:.4g}") + (f" ± {error:.2g}" if error else ""))
         table.add_row(task, metric, *cells)
+    Console().print(table)
+
+
+def compared(found: Trials) -> None:
+    """A comparison: one row a bit-width and paper."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .report.compared import rows
+
+    table = Table(title=f"{found.model} on {found.data}, {found.metric} in full precision {found.full[found.metric]:.4g}", title_justify="left")
+    for column in ("bits", "paper", found.metric, f"beside {found.against}", "sure", "bytes", "training"):
+        table.add_column(column, justify="right" if column in ("bits", "bytes", "training") else "left", overflow="fold")
+    for row in rows(found):
+        table.add_row(*(row[key] for key in ("bits", "entry", "quality", "beside", "sure", "bytes", "seconds")))
     Console().print(table)
 
 
