@@ -19,7 +19,7 @@ import matplotlib
 from jinja2 import Environment, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from .numbers import METRICS, NOTHING, Metric, number, plain, seconds, size
 from .svg import DARK, LIGHT, STYLE, svg
@@ -106,8 +106,14 @@ def picture(trials: Trials) -> Figure:
         _dress(ax, trials, name, say)
     axes[0].set_ylabel(f"{trials.metric}{', log scale' if trials.ratio else ''} ({'lower' if trials.lower else 'higher'} is better)")
     full = trials.full.get(trials.metric, math.nan)
-    axes[1].annotate("full precision", (1, full), xycoords=("axes fraction", "data"), xytext=(-4, 3), textcoords="offset points", ha="right",
+    axes[0].annotate("full precision", (0, full), xycoords=("axes fraction", "data"), xytext=(4, 3), textcoords="offset points",
                      color=LIGHT["muted"], fontsize=8)
+    axes[0].set_xscale("log")
+    axes[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0].xaxis.set_minor_locator(NullLocator())
+    axes[0].xaxis.set_major_formatter(FuncFormatter(lambda x, _: size(x)))
+    axes[0].margins(x=0.2)
+    _widths(axes[0], trials)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", handlelength=1.8)
     return fig
 
@@ -126,9 +132,16 @@ def _points(ax: Axes, trials: Trials, entry: str, field: str, color: str, sign: 
     for x, (_, _, q) in zip(xs, found, strict=True):
         if math.isfinite(q.low):
             ax.plot([x, x], [max(q.low, q.mean / 20) if trials.ratio else q.low, q.high], color=color, linewidth=0.9, alpha=0.55)
-    if field == "bytes":
-        for bits, x, q in found:
-            ax.annotate(f"{bits:g}", (x, q.mean), xytext=(4, 4), textcoords="offset points", fontsize=7, color=LIGHT["muted"])
+
+
+def _widths(ax: Axes, trials: Trials) -> None:
+    """The bits, once each, below the lowest point."""
+    for bits in trials.bits:
+        at = {e: q.mean for e in trials.entries if (q := trials.quality(e, bits)) is not None and math.isfinite(q.mean)}
+        if at and bits < 32:
+            lowest = min(at, key=lambda e: at[e])
+            ax.annotate(f"{bits:g} bit{'s' * (bits != 1)}", (trials.of(lowest, bits)[0].bytes, at[lowest]), xytext=(-5, -9),
+                        textcoords="offset points", ha="right", fontsize=8, color=LIGHT["ink"])
 
 
 def _dress(ax: Axes, trials: Trials, name: str, say: Any) -> None:
@@ -137,14 +150,15 @@ def _dress(ax: Axes, trials: Trials, name: str, say: Any) -> None:
     if trials.ratio:
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.3g}"))
-        ax.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:,.3g}") if _narrow(ax) else NullFormatter())
+        ax.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:,.3g}") if _narrow(ax.get_ylim()) else NullFormatter())
+        ax.margins(y=0.08)
     ax.set_xlabel(name)
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: say(x) if x > 0 else "0"))
 
 
-def _narrow(ax: Axes) -> bool:
-    low, high = ax.get_ylim()
+def _narrow(ends: tuple[float, float]) -> bool:
+    low, high = ends
     return high / max(low, 1e-9) < 10
 
 
