@@ -20,6 +20,7 @@ from ..core.error import CheckpointError, QuantError, RuleError
 from ..core.noun import from_json
 from ..core.quantizer import Quant, Quantizer
 from ..layers import attention
+from .serving import serve
 from .signals import SHOWN, attentions, find, keep
 
 
@@ -55,6 +56,7 @@ def install(model: nn.Module, plan: Mapping[str, Mapping[str, Quant]]) -> None:
         attention.attach(model.get_submodule(name), dict(quants))
     if plan:
         keep(model)
+        serve(model)
 
 
 def installed(model: nn.Module) -> dict[str, Quantizer]:
@@ -105,3 +107,4 @@ def put(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
         setattr(module, f"{signal}_quantizer", quantizer.to(device).train(model.training))
     if quantizers:
         keep(model)
+        serve(model)

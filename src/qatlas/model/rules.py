@@ -120,10 +120,13 @@ def keep_full(*where: str) -> list[Rule]:
 def of_scheme(text: str) -> list[Rule]:
     """The rules of a bit string: embeddings, heads and classifiers full, all other layers as it says."""
     parts = scheme(text)
-    if parts.cache is not None:
-        raise RuleError(f"the scheme {text!r} asks for a quantized key/value cache, which stores full precision here. Leave the kv part out; "
-                        'Rule("@attention:key", signal=...) and Rule("@attention:value", signal=...) give the same numbers')
-    return [*keep_full(Role.EMBEDDING, Role.HEAD, Role.CLASSIFIER), Rule("*", weight=parts.weight, input=parts.input)]
+    kept = [] if parts.cache is None else cached(parts.cache)
+    return [*keep_full(Role.EMBEDDING, Role.HEAD, Role.CLASSIFIER), *kept, Rule("*", weight=parts.weight, input=parts.input)]
+
+
+def cached(key: Quant, value: Quant | None = None) -> list[Rule]:
+    """Rules that quantize keys and values (as the keys, unless said), in training and in the cache (serving.py)."""
+    return [Rule("@attention:key", signal=key), Rule("@attention:value", signal=key if value is None else value)]
 
 
 def quantize(model: nn.Module, rules: str | Sequence[Rule], task: Any = None, target: str | None = None) -> nn.Module:
