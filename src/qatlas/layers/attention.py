@@ -40,7 +40,7 @@ QUANTIZED = ("query", "key", "value", "probabilities")            # signals that
 INSIDE = ("query", "key", "value", "scores", "probabilities", "context")
 CALLS = "ALL_ATTENTION_FUNCTIONS"                                 # what a forward names when it goes through AttentionInterface
 TAPS, AGREES = "qatlas_taps", "qatlas_agrees"
-STORED, HANDED = "qatlas_stored", "qatlas_handed"                 # on a tensor: the Quant by which a cache holds it; on a module: a cache has just given
+STORED, HANDED = "qatlas_stored", "qatlas_handed"                 # on a tensor: the Quant by which a cache holds it; on a module: just given
 NEAR = {torch.float16: 1e-2, torch.bfloat16: 5e-2}                # how far from the model's own attention is still the same, relative; else 1e-4
 
 

@@ -47,7 +47,7 @@ def why_not(quant: Quant) -> str | None:
         return "its scales are quantized themselves, in blocks that run over tokens"
     if quant.scale.keeps == "nothing":
         own = isinstance(quant.grain, PerToken | Group)
-        return None if own else f"{quant.grain} has one scale for many tokens, measured afresh: it moves with the next. Write PerToken(), or Learned(...)"
+        return None if own else f"{quant.grain} has one scale for many tokens, measured afresh: the next moves it. Write PerToken(), or Learned(...)"
     fixed = isinstance(quant.grain, PerTensor) or (isinstance(quant.grain, PerChannel) and quant.grain.axis in (1, 3, -1, -3))
     return None if fixed else f"{quant.grain} has another scale for each token, and tokens come and go"
 
@@ -90,7 +90,7 @@ class Codes:
         first = self.fixed
         assert first is not None
         shape = (*self.parts["codes"].shape[:3], self.width)
-        scale, zero, offset = (getattr(first, name) if (t := self.parts.get(name)) is None else self._shaped(t, shape).float()
+        scale, zero, offset = (getattr(first, name) if (t := self.parts.get(name)) is None else self._shaped(t, shape)
                                for name in ("scale", "zero", "offset"))
         q = QTensor(unpack_bits(self.parts["codes"], first.bits, shape), scale, zero, offset, first.grid, first.grain)
         return self.mark(q.dequantize().to(self.dtype))
@@ -145,6 +145,7 @@ class Codes:
     def _shaped(self, t: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The inverse."""
         assert self.fixed is not None
+        t = t if t.dtype == torch.float64 else t.float()
         return t if isinstance(self.fixed.grain, PerToken) else t.reshape(self.fixed.grain.scale_shape(shape))
 
 

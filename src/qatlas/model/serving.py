@@ -1,7 +1,7 @@
 """Generation with the cache that the rules ask for.
 
-A model whose rules quantize keys or values (`"w4a8kv4"`, `Rule("@attention:key", signal=...)`) stores codes when it generates: by `model.generate(...)`
-as ever and by `qatlas generate`, also after pack, save and load. What the caller asks for goes before:
+A model whose rules quantize keys or values (`"w4a8kv4"`, `Rule("@attention:key", signal=...)`) stores codes when it generates, by `model.generate` as
+ever and by `qatlas generate`, also after pack, save and load. What the caller asks for goes before:
 
     model.generate(ids)                                        codes: `cache(model)` is made where transformers would make its growing cache
     model.generate(ids, past_key_values=cache(model))          the same, and the caller keeps it (`.nbytes`; a prompt's cache to copy and go on from)
