@@ -165,6 +165,12 @@ def _goes(forward: Callable[..., Any]) -> bool:
     return code is not None and CALLS in code.co_names
 
 
+def remembers(module: nn.Module) -> bool:
+    """Whether a module's forward stores keys and values in a cache, be it through AttentionInterface or not."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "update" in code.co_names and any("past" in name for name in code.co_varnames[: code.co_argcount])
+
+
 def register() -> None:
     """Make `attention` known to transformers as "qatlas"; twice is once."""
     from transformers import AttentionInterface, AttentionMaskInterface

@@ -31,7 +31,7 @@ from ..core.error import QuantError
 from ..core.grain import Group, PerChannel, PerTensor, PerToken
 from ..core.qtensor import QTensor, pack_bits, unpack_bits
 from ..core.quantizer import Quant, Quantizer
-from .attention import HANDED, STORED, attached
+from .attention import HANDED, NAME, STORED, attached
 
 SIDES = ("key", "value")
 
@@ -125,7 +125,7 @@ class Codes:
             return new
         kinds = {"scale": getattr(torch, q.scale_dtype), "zero": torch.uint8 if q.grid.low >= 0 else torch.int8,
                  "offset": getattr(torch, quantizer.quant.scale.offset_dtype)}
-        return new | {name: _narrow(self._listed(t, x), kinds[name]) for name, t in place.items()}
+        return new | {name: _narrow(_listed(t, x, q.grain), kinds[name]) for name, t in place.items()}
 
     def _same(self, q: QTensor) -> bool:
         first = self.fixed
@@ -133,20 +133,20 @@ class Codes:
         fixed = self.quantizer.quant.scale.keeps == "nothing" or torch.equal(q.steps, first.steps)
         return (q.grid, q.grain) == (first.grid, first.grain) and fixed
 
-    @staticmethod
-    def _listed(t: Tensor, x: Tensor) -> Tensor:
-        """Scales as the grain has them -> by token, (B, G, S) or (B, G, S, groups)."""
-        if tuple(t.shape) == tuple(x.shape[:3]):
-            return t
-        if x[0, 0, 0].numel() * x.shape[0] * x.shape[1] * x.shape[2] and t.numel() % (x.shape[0] * x.shape[1] * x.shape[2]):
-            raise QuantError(f"a group of the cache runs over several heads or tokens: {x.shape[-1]} features a head take a group that divides them")
-        return t.reshape(*x.shape[:3], -1)
-
     def _shaped(self, t: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The inverse."""
         assert self.fixed is not None
         t = t if t.dtype == torch.float64 else t.float()
         return t if isinstance(self.fixed.grain, PerToken) else t.reshape(self.fixed.grain.scale_shape(shape))
+
+
+def _listed(t: Tensor, x: Tensor, grain: Any) -> Tensor:
+    """Scales as the grain has them -> by token, (B, G, S) or (B, G, S, groups)."""
+    if isinstance(grain, PerToken):
+        return t
+    if x.shape[3] % grain.size:
+        raise QuantError(f"a group of {grain.size} runs over several heads or tokens: {x.shape[3]} features a head take a group that divides them")
+    return t.reshape(*x.shape[:3], x.shape[3] // grain.size)
 
 
 def _narrow(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -200,7 +200,8 @@ class KeyValues(CacheLayerMixin):
                     for side in self.sides if (whole := side.dequantize()) is not None)
         if self.window is not None and not self.record_past:
             self._last(self.window - 1)
-        self.module.__dict__[HANDED] = True
+        if getattr(getattr(self.module, "config", None), "_attn_implementation", None) == NAME:
+            self.module.__dict__[HANDED] = True
         return out  # type: ignore[return-value]
 
     def get_seq_length(self) -> int:

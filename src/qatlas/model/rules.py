@@ -152,6 +152,7 @@ def quantize(model: nn.Module, rules: str | Sequence[Rule], task: Any = None, ta
     close = mixture.open_all(model)
     try:
         plan, inside = _plan(model, rules)
+        inner.whole(model, inside, model.qatlas_full)  # type: ignore[arg-type]
         if "" in plan:
             raise RuleError(f"the model is itself one {type(model).__name__}, which has no place to be replaced in; wrap it: nn.Sequential(model)")
         target = getattr(task, "target", None) or target
