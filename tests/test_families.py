@@ -1,4 +1,5 @@
-"""Families of language models, unmodified from transformers: a scheme with a quantized cache, and two papers. What is saved, loaded, computes the same."""
+"""Families of language models, unmodified from transformers: a scheme with a quantized cache, and two papers. What is saved and loaded computes the
+same."""
 
 from __future__ import annotations
 

@@ -116,7 +116,8 @@ def test_a_model_in_bf16_gets_bf16_back() -> None:
 def test_rows_are_chosen_repeated_and_reordered_as_codes() -> None:
     module, k, v = attending(cache(4), QUANTS["groups"]), drawn(5, rows=3), drawn(5, 1, rows=3)
     beams = torch.tensor([2, 0, 0])
-    for act, same in ((lambda c: c.reorder_cache(beams), lambda t: t[beams]), (lambda c: c.batch_repeat_interleave(2), lambda t: t.repeat_interleave(2, 0)),
+    for act, same in ((lambda c: c.reorder_cache(beams), lambda t: t[beams]),
+                      (lambda c: c.batch_repeat_interleave(2), lambda t: t.repeat_interleave(2, 0)),
                       (lambda c: c.batch_select_indices(torch.tensor([1])), lambda t: t[1:2]), (lambda c: c.crop(-2), lambda t: t[:, :, :-2]),
                       (lambda c: c.crop(0), lambda t: t), (lambda c: (c.offload(), c.prefetch()), lambda t: t)):
         layer, fresh = KeyValues(module), KeyValues(module)
@@ -175,9 +176,9 @@ def test_attention_lets_pass_what_is_stored_and_nothing_else() -> None:
     module, k = attending(cache(2), cache(2)), drawn(5)
     keys, _ = KeyValues(module).update(k, k)
     assert attention.quantized(module, "key", keys) is keys
-    assert torch.equal(attention.quantized(module, "key", keys.clone()), module.key_quantizer(keys)), "without the mark it is a tensor like any other"
+    assert torch.equal(attention.quantized(module, "key", keys.clone()), module.key_quantizer(keys)), "without the mark a tensor like any other"
     other = attending(cache(4))
-    with pytest.raises(QuantError, match=r"comes from a cache that stores it as Uniform\(bits=2.*quantizes it by Uniform\(bits=4.*make the cache anew"):
+    with pytest.raises(QuantError, match=r"comes from a cache that stores it as Uniform\(bits=2.*quantizes it by Uniform\(bits=4.*the cache anew"):
         attention.quantized(other, "key", keys)
     with pytest.raises(QuantError, match="leaves it in full precision"):
         attention.quantized(nn.Module(), "key", keys)

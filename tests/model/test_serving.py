@@ -112,7 +112,8 @@ def test_sliding_windows(kind: str) -> None:
     model = windowed(kind)
     ours, plain = model.generate(IDS, **HOW), model.generate(IDS, cache_implementation="dynamic", **HOW)
     assert same(ours, plain) and ours.past_key_values.is_sliding == plain.past_key_values.is_sliding and any(plain.past_key_values.is_sliding)
-    assert [layer.sides[0].parts["codes"].shape[2] for layer in ours.past_key_values.layers] == [x.keys.shape[2] for x in plain.past_key_values.layers]
+    held, full = ours.past_key_values.layers, plain.past_key_values.layers
+    assert [layer.sides[0].parts["codes"].shape[2] for layer in held] == [layer.keys.shape[2] for layer in full]
     with torch.no_grad():
         whole, kept = model(ours.sequences).logits, cache(model)
         parts = [model(part, past_key_values=kept).logits for part in ours.sequences.split([3, 1, 6, 1, 7], 1)]
@@ -169,7 +170,8 @@ def test_a_copy_of_the_model_serves_itself() -> None:
 
 
 def test_layers_and_sides_by_themselves_and_a_model_in_bf16() -> None:
-    for rules in ([*keep_full("*.0.self_attn"), *cached(quant(4))], [Rule("@attention:value", signal=quant(3))], cached(quant(8), quant(2, zero=True))):
+    for rules in ([*keep_full("*.0.self_attn"), *cached(quant(4))], [Rule("@attention:value", signal=quant(3))],
+                  cached(quant(8), quant(2, zero=True))):
         model = llama([*rules, Rule("*.mlp.*", weight=weight(4))])
         ours = model.generate(IDS, **HOW)
         assert same(ours, model.generate(IDS, cache_implementation="dynamic", **HOW)) and isinstance(ours.past_key_values, KeyValueCache)

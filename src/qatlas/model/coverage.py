@@ -1,9 +1,9 @@
 """Coverage that cannot lie: which tensor got which numbers, and which quantizer really ran.
 
 Names alone lie: `nn.TransformerEncoderLayer` in eval mode calls none of its submodules, `MultiheadAttention.out_proj` is never called at all, and
-experts of a form that cannot be opened (mixture.py) are no layer that a rule could replace. So `describe` runs one probe forward in train mode and one in eval mode,
-counts the calls of every quantizer, and lists every matrix of the model. A quantizer that never ran, and a matrix that no rule can reach, is an error
-unless a rule named it (`keep_full("*.experts.*")`).
+experts of a form that cannot be opened (mixture.py) are no layer that a rule could replace. So `describe` runs one probe forward in train mode and
+one in eval mode, counts the calls of every quantizer, and lists every matrix of the model. A quantizer that never ran, and a matrix that no rule
+can reach, is an error unless a rule named it (`keep_full("*.experts.*")`).
 """
 
 from __future__ import annotations

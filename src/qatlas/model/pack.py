@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..core.error import CheckpointError, QuantError, foreign
 from ..core.qtensor import QTensor
 from ..export.checkpoint import TOKENIZER, Checkpoint, appearing
-from ..layers.experts import PackedStack
+from ..layers.experts import PackedStack, QStack
 from ..layers.packed import Packed
 from . import artefact, fold, hub, inner, mixture
 
@@ -64,9 +64,9 @@ def checkpoint(model: nn.Module, tokenizer: Path | str | None = None, name: str 
             if not _inside(n, layers) and n not in inside}
     tensors: dict[str, Tensor | QTensor] = {}
     seen: set[int] = set()
-    if stacks := [at for at, layer in layers.items() if isinstance(layer, PackedStack)]:
-        raise QuantError(f"{len(stacks)} layers are stacks of experts, for instance {stacks[0]}, which no export of ours writes; the packed directory "
-                         "holds them")
+    if stacks := [at for at, layer in layers.items() if isinstance(layer, PackedStack | QStack)]:
+        raise QuantError(f"{len(stacks)} layers are stacks of experts, for instance {stacks[0]}, which no export of ours writes; the packed "
+                         "directory holds them")
     if normed := [at for at, layer in layers.items() if layer.norm is not None]:
         raise QuantError(f"{len(normed)} layers have a norm in front of them, for instance {normed[0]}: no exported weight contains it. The packed "
                          "directory does; to export, train without")
