@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import json
@@ -32,6 +33,7 @@ from qatlas.model.graph import graph
 from qatlas.model.pack import checkpoint, load_packed, pack, save
 from qatlas.model.roles import Role
 from qatlas.model.rules import Rule, keep_full, quantize
+from qatlas.model.serving import cache
 from qatlas.train import data
 from qatlas.train.run import Run
 from qatlas.train.tactic import Tactic
@@ -86,7 +88,7 @@ def test_law_5_has_tactics_to_hold() -> None:
 
 # ---- law 6: rules -> JSON -> rules -> reload: the same logits --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text", ["w4", "w1.58a8", "w1", "w2a8-g16", "w8-tensor", "w3a4"])
+@pytest.mark.parametrize("text", ["w4", "w1.58a8", "w1", "w2a8-g16", "w8-tensor", "w3a4", "w4a8kv4z"])
 def test_law_6_rules_and_reload_give_the_same_logits(text: str, tmp_path: Path) -> None:
     model = quantize(llama(), text)
     again = quantize(llama(), from_json(json.loads(json.dumps([rule.to_json() for rule in model.qatlas_rules]))))
@@ -222,7 +224,7 @@ def test_law_11_a_training_does_not_depend_on_how_weights_are_kept(text: str, ke
 
 # ---- law 12: in a decoder neither a later token nor another row moves an earlier logit; prefill then decode is the whole forward -------------------
 
-@pytest.mark.parametrize("text", ["w4a8", "w1.58a8", "w2a4-g16"])
+@pytest.mark.parametrize("text", ["w4a8", "w1.58a8", "w2a4-g16", "w4a8kv4"])
 @pytest.mark.parametrize("form", ["trained", "packed"])
 def test_law_12_no_token_hears_the_future_or_its_neighbour(text: str, form: str) -> None:
     model = quantize(llama(), text)
@@ -239,6 +241,31 @@ def test_law_12_no_token_hears_the_future_or_its_neighbour(text: str, form: str)
     assert (torch.cat([prefill.logits, rest], 1) - whole).abs().max() < 1e-4 * whole.abs().max() + 1e-4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["w4a8kv8", "w4a8kv4", "w2a8kv3z", "w1.58a8kv2z"])
+@pytest.mark.parametrize("form", ["trained", "packed"])
+def test_law_12_keys_and_values_are_quantized_once_where_they_are_made(text: str, form: str) -> None:
+    model = quantize(llama(), text)
+    trained = copy.deepcopy(model).train()(IDS, use_cache=False).logits
+    model = pack(model) if form == "packed" else model
+
+    def stored(ids: torch.Tensor, *sizes: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The logits, computed in so many parts; what the cache then holds, (B, G, tokens, ...)."""
+        kept = cache(model)
+        logits = torch.cat([model(part, past_key_values=kept).logits for part in ids.split(sizes, 1)], 1)
+        return logits, [t for layer in kept.layers for side in layer.sides for t in side.parts.values()]
+
+    whole, codes = stored(IDS, 12)
+    assert torch.equal(whole, trained), "training and prefill: the same bits"
+    for sizes in ((8, 4), (8, 1, 1, 1, 1), (1,) * 12, (5, 3, 4)):
+        logits, again = stored(IDS, *sizes)
+        assert all(map(torch.equal, again, codes)) and (logits - whole).abs().max() < 1e-6 * whole.abs().max() + 1e-6
+    later, neighbour = IDS.clone(), IDS.clone()
+    later[:, 8:], neighbour[1] = 5, 3
+    assert all(torch.equal(a[:, :, :8], b[:, :, :8]) for a, b in zip(stored(later, 12)[1], codes, strict=True))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(stored(neighbour, 12)[1], codes, strict=True))
+
+
 def test_a_static_activation_scale_is_the_known_exception() -> None:
     """One scale a tensor, learned, is the same for all tokens and does not break law 12; a fresh one would: later tokens move it."""
     model = llama()
@@ -251,4 +278,4 @@ def test_a_static_activation_scale_is_the_known_exception() -> None:
 
 def test_every_packed_layer_has_a_trainable_one() -> None:
     made = {layer.__name__.removeprefix("Packed") for layer in Packed.__subclasses__()}
-    assert {"Linear", "Conv1d", "Conv2d", "Embedding"} <= made
+    assert {"Linear", "Conv1d", "Conv2d", "Embedding", "Stack"} <= made

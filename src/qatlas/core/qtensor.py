@@ -164,6 +164,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     codes = codes.unsqueeze(0) if codes.dim() == 0 else codes
     if bits == 8:
         return codes.contiguous()
+    if 8 % bits == 0:                                              # no element straddles bytes
+        codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % (8 // bits))).unflatten(-1, (-1, 8 // bits))
+        return (codes << torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)).sum(-1, dtype=torch.uint8)
     planes = (codes.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1      # (..., n, bits)
     stream = planes.flatten(-2)                                    # (..., n * bits)
     stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8)).unflatten(-1, (-1, 8))
@@ -182,6 +185,9 @@ def unpack_bits(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
         raise CheckpointError(f"packed codes of shape {tuple(packed.shape)} cannot be {bits}-bit codes of a tensor of shape {tuple(shape)}")
     if bits == 8:
         return packed.clone().reshape(shape)
+    if 8 % bits == 0:
+        each = (packed.unsqueeze(-1) >> torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)) & (2**bits - 1)
+        return each.flatten(-2)[..., :n].reshape(shape)
     stream = ((packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1).flatten(-2)
     planes = stream[..., : n * bits].unflatten(-1, (n, bits))      # (..., n, bits)
     weights = (1 << torch.arange(bits, device=packed.device)).to(torch.uint8)

@@ -2,7 +2,8 @@
 
     w<bits>         weights, one scale a channel unless a grain follows: 1, 1.58, 2 ... 8
     a<bits>         activations, one dynamic scale a token
-    kv<bits>        keys and values of the cache, one dynamic scale a token
+    kv<bits>        keys and values, one dynamic scale a token and head: in training, and in the cache, which then holds codes
+    kv<bits>z       the same with an integer zero point: the range of a token, not its largest magnitude, lies on the grid
     -g<n>, -tensor  the grain of the weights
     -static         activations with one learned scale a tensor instead (encoders and vision; in a decoder later tokens would move earlier ones)
 
@@ -20,9 +21,10 @@ from .grain import Grain, Group, PerChannel, PerTensor, PerToken
 from .grid import Sign, Ternary, Uniform
 from .noun import Noun
 from .quantizer import Quant
-from .scale import AbsMax, AbsMean, Learned
+from .scale import AbsMax, AbsMean, Learned, MinMax
 
-FORM = re.compile(r"w(?P<w>\d+(\.\d+)?)(a(?P<a>\d+))?(kv(?P<kv>\d+))?(?P<rest>(-g[1-9]\d*|-tensor)?(-static)?|-static(-g[1-9]\d*|-tensor))")
+FORM = re.compile(r"w(?P<w>\d+(\.\d+)?)(a(?P<a>\d+))?(kv(?P<kv>\d+)(?P<zero>z)?)?"
+                  r"(?P<rest>(-g[1-9]\d*|-tensor)?(-static)?|-static(-g[1-9]\d*|-tensor))")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def scheme(text: str) -> Scheme:
     """
     match = FORM.fullmatch(text)
     if not match:
-        raise QuantError(f"the scheme {text!r} is not of the form w<bits>[a<bits>][kv<bits>][-g<n>|-tensor][-static]; "
+        raise QuantError(f"the scheme {text!r} is not of the form w<bits>[a<bits>][kv<bits>[z]][-g<n>|-tensor][-static]; "
                          "for instance w4, w2-g64, w1.58a8, w4a8kv8-g32")
     grain: Grain = PerChannel()
     for part in filter(None, match["rest"].split("-")):
@@ -59,7 +61,22 @@ def scheme(text: str) -> Scheme:
     if match["a"]:
         bits = int(match["a"])
         inputs = Quant(Uniform(bits, None), PerTensor(), Learned(AbsMax(), over="token"), Clip()) if static else token.but(grid=Uniform(bits))
-    return Scheme(weight(match["w"], grain), inputs, token.but(grid=Uniform(int(match["kv"]))) if match["kv"] else None)
+    return Scheme(weight(match["w"], grain), inputs, cache(int(match["kv"]), zero=match["zero"] is not None) if match["kv"] else None)
+
+
+def cache(bits: int, zero: bool = False, dtype: str = "float16") -> Quant:
+    """The Quant of keys, or values: one scale a token and head, measured where they are made. zero: with an integer zero point. dtype: of the scales,
+    which a cache stores beside the codes.
+
+    Raises:
+        QuantError: bits that no cache takes.
+
+    >>> cache(4).grid, cache(4, zero=True).grid
+    (Uniform(bits=4, signed=True, narrow=False), Uniform(bits=4, signed=False, narrow=False))
+    """
+    if bits not in range(2, 9):
+        raise QuantError(f"keys and values take 2 to 8 bits, not {bits}")
+    return Quant(Uniform(bits, not zero), PerToken(), MinMax(dtype=dtype) if zero else AbsMax(dtype=dtype))
 
 
 def weight(bits: str | float, grain: Grain | None = None) -> Quant:

@@ -13,9 +13,10 @@ model file is copied and nothing is patched. transformers' models do not all com
 call in a module the function is held against the model's own eager attention, on one row, and refuses a model whose attention is another one.
 
 Quantizers are children of the attention module: `query_quantizer`, `key_quantizer`, `value_quantizer`, `probabilities_quantizer`. With one scale a
-token they keep a decoder causal: keys and values are then quantized alike whether they come from the cache or not. Probabilities lie in [0, 1] and
-take an unsigned grid; an open one (`Uniform(8, None)`) is closed to that. The symmetric grid of TernaryBERT's code wastes one bit and is taken only
-when it is asked for aloud, by `Uniform(8, narrow=True)`.
+token they keep a decoder causal: keys and values are then quantized alike whether they come from the cache or not. What our own cache gives
+(cache.py) was quantized where it was made, bears the mark of that, and passes untouched. Probabilities lie in [0, 1] and take an unsigned grid; an
+open one (`Uniform(8, None)`) is closed to that. The symmetric grid of TernaryBERT's code wastes one bit and is taken only when it is asked for aloud,
+by `Uniform(8, narrow=True)`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ QUANTIZED = ("query", "key", "value", "probabilities")            # signals that
 INSIDE = ("query", "key", "value", "scores", "probabilities", "context")
 CALLS = "ALL_ATTENTION_FUNCTIONS"                                 # what a forward names when it goes through AttentionInterface
 TAPS, AGREES = "qatlas_taps", "qatlas_agrees"
+STORED, HANDED = "qatlas_stored", "qatlas_handed"                 # on a tensor: the Quant by which a cache holds it; on a module: just given
 NEAR = {torch.float16: 1e-2, torch.bfloat16: 5e-2}                # how far from the model's own attention is still the same, relative; else 1e-4
 
 
@@ -50,6 +52,7 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
         QuantError: a model whose own attention computes something else.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    _received(module, key, value)
     mask = _additive(attention_mask, query.dtype)
     if AGREES not in module.__dict__ and not torch.compiler.is_compiling():
         _check(module, query, key, value, mask, {"scaling": scaling, "softcap": softcap, "position_bias": position_bias}, rest)
@@ -89,9 +92,30 @@ def through(module: nn.Module, signal: str, x: Tensor) -> Tensor:
 
 
 def quantized(module: nn.Module, signal: str, x: Tensor) -> Tensor:
-    """The signal through its Quantizer; x itself where it has none."""
-    quantizer = module._modules.get(f"{signal}_quantizer")
-    return x if quantizer is None else quantizer(x)
+    """The signal through its Quantizer; x itself where it has none, or where a cache has stored it by the same numbers.
+
+    Raises:
+        QuantError: stored by other numbers.
+    """
+    quantizer: Any = module._modules.get(f"{signal}_quantizer")
+    stored = getattr(x, STORED, None)
+    if stored is None:
+        return x if quantizer is None else quantizer(x)
+    if quantizer is None or not quantizer.on or quantizer.quant != stored:
+        own = "leaves it in full precision" if quantizer is None or not quantizer.on else f"quantizes it by {quantizer.quant.grid}"
+        raise QuantError(f"the {signal} comes from a cache that stores it as {stored.grid}, and this {type(module).__name__} {own}; make the cache "
+                         "anew for the model as it is now, and give layers that share keys and values one rule")
+    return x
+
+
+def _received(module: nn.Module, key: Tensor, value: Tensor) -> None:
+    """See that what the cache has just given arrived as it was."""
+    if torch.compiler.is_compiling() or not module.__dict__.pop(HANDED, False):
+        return
+    for name, x in (("key", key), ("value", value)):
+        if name in attached(module) and getattr(x, STORED, None) is None:
+            raise QuantError(f"{type(module).__name__} computes on the {name} between cache and attention, so it would be quantized twice; generate "
+                             'with a full-precision cache instead: model.generate(..., cache_implementation="dynamic")')
 
 
 def fitted(signal: str, quant: Quant) -> Quant:
@@ -139,6 +163,12 @@ def attends(module: nn.Module) -> bool:
 def _goes(forward: Callable[..., Any]) -> bool:
     code = getattr(inspect.unwrap(forward), "__code__", None)
     return code is not None and CALLS in code.co_names
+
+
+def remembers(module: nn.Module) -> bool:
+    """Whether a module's forward stores keys and values in a cache, be it through AttentionInterface or not."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "update" in code.co_names and any("past" in name for name in code.co_varnames[: code.co_argcount])
 
 
 def register() -> None:

@@ -1,9 +1,9 @@
 """Coverage that cannot lie: which tensor got which numbers, and which quantizer really ran.
 
 Names alone lie: `nn.TransformerEncoderLayer` in eval mode calls none of its submodules, `MultiheadAttention.out_proj` is never called at all, and
-experts held as one 3-D parameter are no layer that a rule could replace. So `describe` runs one probe forward in train mode and one in eval mode,
-counts the calls of every quantizer, and lists every matrix of the model. A quantizer that never ran, and a matrix that no rule can reach, is an error
-unless a rule named it (`keep_full("*.experts.*")`).
+experts of a form that cannot be opened (mixture.py) are no layer that a rule could replace. So `describe` runs one probe forward in train mode and
+one in eval mode, counts the calls of every quantizer, and lists every matrix of the model. A quantizer that never ran, and a matrix that no rule
+can reach, is an error unless a rule named it (`keep_full("*.experts.*")`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..core.quantizer import Quant
 from ..layers.packed import Packed
 from ..layers.quantized import Quantized
 from ..layers.rows import Rows
-from . import inner
+from . import inner, mixture
 from .probe import forward, undisturbed
 from .roles import roles
 from .rules import quantizers, reachable
@@ -52,12 +52,13 @@ class Signal:
 @dataclass
 class Coverage:
     """The table of matrices, and that of `signals` inside attention. `silent`: quantizers that did not run in both modes; `unreached`: matrices that
-    no rule can reach and none named."""
+    no rule can reach and none named; `closed`: the experts among them, and why these cannot be opened."""
 
     rows: list[Row] = field(default_factory=list)
     signals: list[Signal] = field(default_factory=list)
     silent: list[str] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
+    closed: dict[str, str] = field(default_factory=dict)
 
     @property
     def bits(self) -> float:
@@ -75,7 +76,8 @@ class Coverage:
             raise RuleError(f"{len(self.silent)} quantizers never ran in the probe forward, for instance {', '.join(self.silent[:3])}. The model "
                             "goes round these layers (a fused path?); keep them full by a rule, or use an implementation that calls them")
         if self.unreached:
-            raise RuleError(f"{len(self.unreached)} matrices are reached by no rule, for instance {', '.join(self.unreached[:3])}. "
+            why = next((f" ({self.closed[name]})" for name in (each.rpartition(".")[0] for each in self.unreached) if name in self.closed), "")
+            raise RuleError(f"{len(self.unreached)} matrices are reached by no rule, for instance {', '.join(self.unreached[:3])}{why}. "
                             f"Say so aloud: keep_full({self.unreached[0]!r}), or a glob")
         return self
 
@@ -123,6 +125,7 @@ def describe(model: nn.Module, batch: Any = None) -> Coverage:
     cover.silent = [name for name, n in (calls or {}).items() if 0 in n and not _shared(model, name)]
     cover.unreached = [name for name, p in model.named_parameters() if p.dim() > 1 and p.numel() > max(p.shape) and id(p) not in owned
                        and not any(name == f or name.startswith(f + ".") for f in full if f) and "embed" not in name.rpartition(".")[2]]
+    cover.closed = {} if not cover.unreached else mixture.closed(model)
     return cover
 
 

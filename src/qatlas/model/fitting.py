@@ -18,6 +18,7 @@ from ..core.quantizer import Quant
 from ..export import target as find_target
 from ..export.able import Numbers
 from ..export.able import nearest as nearest_scheme
+from ..layers.experts import QStack
 from ..layers.linear import QTransposed
 from ..layers.quantized import Quantized, Slots
 from ..layers.rows import Rows
@@ -40,6 +41,10 @@ def fitted(model: nn.Module, layers: Mapping[str, type[Quantized]], plan: Mappin
     for address in (f"{name}:{signal}" for name, signals in inside.items() for signal in signals) if says_all else ():
         refused[address] = FormatError(f"{target} has no place for a quantized signal inside attention; leave it out, or the target")
     for name, slots in plan.items():
+        if layers[name] is QStack:
+            refused[name] = FormatError(f"{target} has no place for a stack of experts that we write; keep it full (keep_full({name!r})), or leave "
+                                        "out the target: the packed directory holds it")
+            continue
         if slots.norm is not None:
             refused[name] = FormatError(f"{target} holds weights, and has no place for the norm that the rules put in front of this layer; leave "
                                         "out the norm, or the target")
@@ -63,7 +68,7 @@ def fitted(model: nn.Module, layers: Mapping[str, type[Quantized]], plan: Mappin
     if refused:
         first, more = next(iter(refused)), list(refused)[1:]
         also = f"\n  refused as well: {len(more)} more layers ({', '.join(more[:3])}{', ...' if more[3:] else ''})" if more else ""
-        known = first in plan and plan[first].norm is None        # neither a signal's address nor a layer that no scheme would help
+        known = first in plan and plan[first].norm is None and layers[first] is not QStack  # no signal's address, no layer that no scheme would help
         asked = _asked(model, first, plan[first], layers[first], role) if known else None
         raise FormatError(f"{first}: {_instead(str(refused[first]), asked, target)}{also}") from None
     return out

@@ -22,7 +22,7 @@ from ..core.error import QuantError
 from ..layers.adapter import AdapterSpec
 from ..layers.packed import Packed, PackedLinear
 from ..layers.quantized import Quantized
-from . import artefact, hub
+from . import artefact, hub, mixture
 from .rules import LAYERS
 
 PLACES = ("after", "beside")
@@ -57,6 +57,7 @@ def unpack(model: nn.Module, keep: str = "each") -> nn.Module:
         The model is then as it was.
     """
     layers, fresh = _packed(model), _skeleton(model)
+    mixture.open_named(fresh, layers)
     made: dict[int, Quantized] = {}
     out: dict[str, Any] = {}
     for name, layer in layers.items():

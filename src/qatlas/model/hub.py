@@ -38,7 +38,7 @@ from ..core.error import CheckpointError, RuleError
 from ..core.noun import Noun, from_json
 from ..export import target as find_target
 from ..layers.packed import Packed
-from . import artefact, fold, inner, trainable
+from . import artefact, fold, inner, mixture, trainable
 from .rules import Rule, of_scheme, quantize
 
 
@@ -143,7 +143,9 @@ class Loader(HfQuantizer):
         packed, said = config.form == "packed", config.layers or config.trainable
         whole = type(model).__name__ in (model.config.architectures or [type(model).__name__])
         fold.blank(model, config.folded if whole else _renamed(model, config.folded))
-        layers = (artefact if packed else trainable).rebuild(model, said if whole else _renamed(model, said))
+        said = said if whole else _renamed(model, said)
+        mixture.open_named(model, said)
+        layers = (artefact if packed else trainable).rebuild(model, said)
         inner.put(model, inner.blank(model, config.signals if whole else _renamed(model, config.signals)))
         if checkpoint_files and whole:
             want = artefact.expected(model, layers)

@@ -10,7 +10,7 @@ model computes with them, bit for bit as before; exported weights do not contain
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from ..core.error import CheckpointError, QuantError, RuleError
 from ..core.noun import from_json
 from ..core.quantizer import Quant, Quantizer
 from ..layers import attention
+from ..layers.cache import SIDES
+from .serving import serve
 from .signals import SHOWN, attentions, find, keep
 
 
@@ -55,6 +57,20 @@ def install(model: nn.Module, plan: Mapping[str, Mapping[str, Quant]]) -> None:
         attention.attach(model.get_submodule(name), dict(quants))
     if plan:
         keep(model)
+        serve(model)
+
+
+def whole(model: nn.Module, plan: Mapping[str, Mapping[str, Quant]], full: Container[str]) -> None:
+    """See that no attention would go on storing full precision where the plan quantizes keys or values.
+
+    Raises:
+        RuleError: a module that stores keys and values outside of AttentionInterface, and that no rule keeps full.
+    """
+    storing = any(side in quants for quants in plan.values() for side in SIDES)
+    for name, module in model.named_modules() if storing else ():
+        if attention.remembers(module) and not attention.attends(module) and name not in full:
+            raise RuleError(f"{name}: {type(module).__name__} stores keys and values and does not go through transformers' AttentionInterface, so "
+                            f"they cannot be quantized as the rules say; keep_full({name!r}) leaves this module as it is")
 
 
 def installed(model: nn.Module) -> dict[str, Quantizer]:
@@ -105,3 +121,4 @@ def put(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
         setattr(module, f"{signal}_quantizer", quantizer.to(device).train(model.training))
     if quantizers:
         keep(model)
+        serve(model)

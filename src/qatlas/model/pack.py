@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from ..core.error import CheckpointError, QuantError, foreign
 from ..core.qtensor import QTensor
 from ..export.checkpoint import TOKENIZER, Checkpoint, appearing
+from ..layers.experts import PackedStack, QStack
 from ..layers.packed import Packed
-from . import artefact, fold, hub, inner
+from . import artefact, fold, hub, inner, mixture
 
 
 def pack(model: nn.Module) -> nn.Module:
@@ -55,7 +56,7 @@ def checkpoint(model: nn.Module, tokenizer: Path | str | None = None, name: str 
 
     Raises:
         QuantError: a layer whose codes are not those of its weight alone: a transform that is not folded, an adapter that is not merged, a norm in
-        front.
+        front; a stack of experts.
     """
     layers = artefact.packed(_quantized(model))
     inside = inner.expected(inner.installed(model))
@@ -63,6 +64,9 @@ def checkpoint(model: nn.Module, tokenizer: Path | str | None = None, name: str 
             if not _inside(n, layers) and n not in inside}
     tensors: dict[str, Tensor | QTensor] = {}
     seen: set[int] = set()
+    if stacks := [at for at, layer in layers.items() if isinstance(layer, PackedStack | QStack)]:
+        raise QuantError(f"{len(stacks)} layers are stacks of experts, for instance {stacks[0]}, which no export of ours writes; the packed "
+                         "directory holds them")
     if normed := [at for at, layer in layers.items() if layer.norm is not None]:
         raise QuantError(f"{len(normed)} layers have a norm in front of them, for instance {normed[0]}: no exported weight contains it. The packed "
                          "directory does; to export, train without")
@@ -145,7 +149,7 @@ def load_into(model: nn.Module, path: Path | str) -> nn.Module:
         raise CheckpointError(f"{path} holds a model in training (masters and scales); from_pretrained or qatlas.model.load.load builds it. "
                               "load_into fills a model with packed layers: save(model, path) writes them")
     files = _files(path)
-    undo = fold.blank(model, config.folded)
+    undo, close = fold.blank(model, config.folded), mixture.open_named(model, config.layers)
     try:
         layers = artefact.rebuild(model, config.layers)
         inside = inner.blank(model, config.signals)
@@ -153,6 +157,7 @@ def load_into(model: nn.Module, path: Path | str) -> nn.Module:
         artefact.check(want, artefact.header(files), path)
     except CheckpointError:
         undo()
+        close()
         raise
     state = {name: tensor for file in files for name, tensor in load_file(file).items()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -3,7 +3,8 @@
     EMBEDDING    tables of tokens and positions, and a vision model's patch projection
     HEAD         the output embeddings of a language model
     CLASSIFIER   the layers on top of a transformers model's body; the last layer of any other model
-    LINEAR CONV  every matrix product, every convolution
+    LINEAR CONV  every matrix product (experts' stacks too), every convolution
+    ROUTER       what sends tokens to experts: the matrix beside them with one row for each
     ATTENTION    the modules whose inner signals have addresses ("@attention:key"); see signals.py
 
 transformers' models are asked (`get_input_embeddings`, `get_output_embeddings`, `base_model_prefix`); other modules are looked at.
@@ -15,10 +16,11 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..layers.attention import attends
+from ..layers.experts import Experts, Stack, stacked
 
 
 class Role(StrEnum):
@@ -30,6 +32,7 @@ class Role(StrEnum):
     LINEAR = "@linear"
     CONV = "@conv"
     ATTENTION = "@attention"
+    ROUTER = "@router"
 
 
 def roles(model: nn.Module) -> dict[str, set[Role]]:
@@ -54,6 +57,10 @@ def roles(model: nn.Module) -> dict[str, set[Role]]:
     for name, module in model.named_modules():
         if attends(module):
             found.setdefault(name, set()).add(Role.ATTENTION)
+        if isinstance(module, Stack):
+            found.setdefault(name, set()).add(Role.LINEAR)
+    for name in _routers(model):
+        found.setdefault(name, set()).add(Role.ROUTER)
     return found
 
 
@@ -69,6 +76,19 @@ def ask(model: nn.Module, question: str) -> Any:
 def _head(model: nn.Module) -> list[str]:
     head = ask(model, "get_output_embeddings")
     return [name for name, module in model.named_modules() if head is not None and module is head]
+
+
+def _routers(model: nn.Module) -> list[str]:
+    found, modules = [], dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, Experts) or stacked(module):
+            around = name.rpartition(".")[0]
+            experts = module.num_experts if isinstance(module, Experts) else len(module.gate_up_proj)
+            for beside, part in modules[around].named_children():
+                weight = getattr(part, "weight", None)
+                if isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) == experts:
+                    found.append(f"{around}.{beside}".lstrip("."))
+    return found
 
 
 def _patches(model: nn.Module) -> list[str]:

@@ -33,17 +33,18 @@ from ..layers.adapter import AdapterSpec
 from ..layers.attention import QUANTIZED, attends
 from ..layers.conv import QConv1d, QConv2d
 from ..layers.embedding import QEmbedding
+from ..layers.experts import QStack
 from ..layers.linear import QLinear, QTransposed
 from ..layers.norm import Norm
 from ..layers.packed import Packed
 from ..layers.quantized import Quantized, Slots
-from . import fused, inner
+from . import fused, inner, mixture
 from .fitting import fitted
 from .probe import peaks
 from .roles import Role, roles
 from .signals import matches
 
-LAYERS: tuple[type[Quantized], ...] = (QLinear, QTransposed, QConv1d, QConv2d, QEmbedding)
+LAYERS: tuple[type[Quantized], ...] = (QLinear, QTransposed, QConv1d, QConv2d, QEmbedding, QStack)
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,15 @@ def keep_full(*where: str) -> list[Rule]:
 
 
 def of_scheme(text: str) -> list[Rule]:
-    """The rules of a bit string: embeddings, heads and classifiers full, all other layers as it says."""
+    """The rules of a bit string: embeddings, heads, classifiers and routers full, all other layers as it says."""
     parts = scheme(text)
-    if parts.cache is not None:
-        raise RuleError(f"the scheme {text!r} asks for a quantized key/value cache, which stores full precision here. Leave the kv part out; "
-                        'Rule("@attention:key", signal=...) and Rule("@attention:value", signal=...) give the same numbers')
-    return [*keep_full(Role.EMBEDDING, Role.HEAD, Role.CLASSIFIER), Rule("*", weight=parts.weight, input=parts.input)]
+    kept = [] if parts.cache is None else cached(parts.cache)
+    return [*keep_full(Role.EMBEDDING, Role.HEAD, Role.CLASSIFIER, Role.ROUTER), *kept, Rule("*", weight=parts.weight, input=parts.input)]
+
+
+def cached(key: Quant, value: Quant | None = None) -> list[Rule]:
+    """Rules that quantize keys and values (as the keys, unless said), in training and in the cache (serving.py)."""
+    return [Rule("@attention:key", signal=key), Rule("@attention:value", signal=key if value is None else value)]
 
 
 def quantize(model: nn.Module, rules: str | Sequence[Rule], task: Any = None, target: str | None = None) -> nn.Module:
@@ -145,16 +149,21 @@ def quantize(model: nn.Module, rules: str | Sequence[Rule], task: Any = None, ta
     taken = [name for name, module in model.named_modules() if isinstance(module, Quantized | Packed | Quantizer)]
     if taken:
         raise RuleError(f"{taken[0]} is quantized already, and {len(taken) - 1} more modules; start from the full-precision model")
-    plan, inside = _plan(model, rules)
-    if "" in plan:
-        raise RuleError(f"the model is itself one {type(model).__name__}, which has no place to be replaced in; wrap it: nn.Sequential(model)")
-    target = getattr(task, "target", None) or target
-    if target:
-        plan = fitted(model, reachable(model), plan, inside, target)
-    _check_tied(model, plan)
-    thirsty = [name for name, slots in plan.items() if slots.transform is not None and slots.transform.needs_peak]
-    peak = peaks(model, task.calibration(), thirsty) if thirsty and task is not None else {}
-    _replace(model, plan, peak)
+    close = mixture.open_all(model)
+    try:
+        plan, inside = _plan(model, rules)
+        inner.whole(model, inside, model.qatlas_full)  # type: ignore[arg-type]
+        if "" in plan:
+            raise RuleError(f"the model is itself one {type(model).__name__}, which has no place to be replaced in; wrap it: nn.Sequential(model)")
+        target = getattr(task, "target", None) or target
+        if target:
+            plan = fitted(model, reachable(model), plan, inside, target)
+        _check_tied(model, plan)
+        thirsty = [name for name, slots in plan.items() if slots.transform is not None and slots.transform.needs_peak]
+        peak = peaks(model, task.calibration(), thirsty) if thirsty and task is not None else {}
+        _replace(model, plan, peak)
+    finally:
+        close()
     inner.install(model, inside)
     model.qatlas_rules = tuple(rules)  # type: ignore[assignment]
     if task is not None and any(not q.ready or getattr(q.quant.grid, "signed", True) is None for q in quantizers(model).values()):

@@ -131,6 +131,8 @@ def find(model: nn.Module, address: str, survey: Survey | None = None) -> list[S
     names, around = survey or Survey.of(model)
     role = roles(model) if glob.startswith("@") else {}
     matched = [glob] if glob in names else [name for name in names if matches(glob, name, role.get(name, ()))]
+    if not matched and glob == "@attention":                      # all that has this role goes through AttentionInterface
+        raise RuleError(_lacking(model, address, matched, names, around))
     if not matched:
         close = nearest(glob, [n for n in names if n], SHOWN) or sorted({n.split(".")[-1] for n in names if n})[:SHOWN]
         raise RuleError(f"{address!r} matches no module.\n  nearest names: {', '.join(close)}\n  modules with attention: "
@@ -167,7 +169,7 @@ def has(name: str, around: Mapping[str, Attention]) -> list[str]:
 
 
 def _lacking(model: nn.Module, address: str, matched: list[str], names: Mapping[str, nn.Module], around: Mapping[str, Attention]) -> str:
-    signal, first = address.partition(":")[2], matched[0]
+    signal, first = address.partition(":")[2], next(iter(matched), "")
     fused = next(((name, one) for name in matched if name in around and (one := around[name].fused)), None)
     if signal in PARTS and fused is not None:
         return (f"{address!r}: {type(names[fused[0]]).__name__} makes query, key and value with one matrix, {fused[1]}: their inputs are one "
