@@ -35,10 +35,11 @@ from pages import between
 from qatlas.core.grid import Uniform
 from qatlas.core.quantizer import Quant
 from qatlas.layers.norm import Norm
+from qatlas.model.fresh import renew
 from qatlas.model.load import load
 from qatlas.model.roles import Role
 from qatlas.model.rules import Rule, keep_full, quantize
-from qatlas.papers.bitnet import bitnet, renew, unnormed
+from qatlas.papers.bitnet import bitnet, unnormed
 from qatlas.train.evaluate import evaluate
 from qatlas.train.fit import fit
 from qatlas.train.optim import AdamW
