@@ -31,9 +31,10 @@ import torch
 from pages import between
 
 from qatlas.layers.norm import Norm
+from qatlas.model.fresh import renew
 from qatlas.model.load import load
 from qatlas.model.rules import Rule, quantize
-from qatlas.papers.bitnet import bitnet, renew, unnormed
+from qatlas.papers.bitnet import bitnet, unnormed
 from qatlas.train.evaluate import evaluate
 from qatlas.train.fit import fit
 from qatlas.train.optim import AdamW

@@ -41,7 +41,7 @@ MORE: dict[str, list[dict[str, Any]]] = {
                {"nested": Quant(Float(4, 3), PerTensor(), AbsMax())}],
     "AbsMean": [{"times": 2.0, "per_root": True}, {"inverse": True}],
     "Clip": [{"margin": 0.5}, {"at": 0.99}],
-    "Hadamard": [{"seed": 1}, {"block": 4}],
+    "Hadamard": [{"seed": 1}, {"block": 4}, {"most": 8}],
     "Chain": [{"parts": (Permute(), Hadamard())}],
     "Quant": [{"grid": Uniform(2), "grain": Group(32), "refit": True}, {"grid": Uniform(2), "grain": Block(2, 4)},
               {"grid": Uniform(2), "grain": PerChannel(1)}],

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qatlas.core.error import QuantError
-from qatlas.core.transform import Chain, Hadamard, Permute, Smooth, Transform, hadamard, odd_order
+from qatlas.core.transform import Chain, Hadamard, Permute, Smooth, Transform
 
 TRANSFORMS = [
-    Hadamard(), Hadamard(seed=3), Hadamard(block=4), Hadamard(block=12, seed=1), Smooth(), Smooth(0.0), Smooth(1.0), Permute(), Chain(),
+    Hadamard(), Hadamard(seed=3), Hadamard(block=4), Hadamard(block=12, seed=1), Hadamard(most=128), Hadamard(most=4),
+    Smooth(), Smooth(0.0), Smooth(1.0), Permute(), Chain(),
     Chain((Smooth(), Permute(), Hadamard(seed=2))), Chain((Permute(), Hadamard(block=4), Smooth(0.7))), Chain((Hadamard(), Chain((Permute(),)))),
 ]
 
@@ -28,33 +27,6 @@ def test_inner_products_stay_and_back_inverts(transform: Transform, seed: int) -
     torch.testing.assert_close(maps.of_input(x) @ maps.of_weight(w).T, x @ w.T, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(maps.back(maps.of_weight(w)), w, rtol=1e-10, atol=1e-10)
     assert transform.needs_peak == ("Smooth" in str(transform) or "Permute" in str(transform))
-
-
-@pytest.mark.parametrize("n", [1, 2, 4, 8, 64, 12, 20, 28, 36, 24, 40, 56, 72, 44, 60, 76, 108, 140])
-def test_hadamard_is_orthogonal_and_of_one_size(n: int) -> None:
-    matrix = hadamard(torch.eye(n, dtype=torch.float64))
-    torch.testing.assert_close(matrix @ matrix.T, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-12)
-    torch.testing.assert_close(matrix.abs(), torch.full_like(matrix, 1 / math.sqrt(n)), rtol=1e-12, atol=0)
-    x = torch.randn(3, n, dtype=torch.float64)
-    torch.testing.assert_close(hadamard(x), x @ matrix, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(hadamard(hadamard(x), transpose=True), x, rtol=1e-10, atol=1e-10)
-
-
-def test_powers_of_two_are_sylvesters() -> None:
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    for _ in range(4):
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    torch.testing.assert_close(hadamard(torch.eye(16, dtype=torch.float64)), matrix / 4)
-
-
-def test_hadamard_has_its_gradient() -> None:
-    x = torch.randn(2, 12, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(hadamard, x) and torch.autograd.gradcheck(lambda x: hadamard(x, transpose=True), x)
-
-
-@pytest.mark.parametrize(("n", "order"), [(1, 1), (64, 1), (12, 12), (24, 12), (20, 20), (56, 28), (36, 36), (40, 20)])
-def test_the_smallest_order_is_taken(n: int, order: int) -> None:
-    assert odd_order(n) == order
 
 
 @pytest.mark.parametrize("n", [3, 6, 10, 22, 92])
@@ -90,3 +62,47 @@ def test_smooth_shares_the_difficulty() -> None:
 def test_permute_puts_the_heavy_channels_first() -> None:
     maps = Permute().build(torch.ones(1, 3), torch.tensor([1.0, 9.0, 5.0]))
     assert maps.of_input(torch.tensor([1.0, 9.0, 5.0])).tolist() == [9, 5, 1]
+
+
+@pytest.mark.parametrize(("n", "most", "block"), [(256, 128, 128), (64, 128, 64), (24, 128, 8), (172, 128, 4), (24, 2, 2)])
+def test_most_is_the_largest_power_of_two_that_divides(n: int, most: int, block: int) -> None:
+    x = torch.randn(3, n)
+    assert torch.equal(Hadamard(most=most).build(x).of_input(x), Hadamard(block=block).build(x).of_input(x))
+
+
+@pytest.mark.parametrize(("fields", "words"), [({"most": 12}, "power of two"), ({"most": 1}, "power of two"),
+                                              ({"most": 4, "block": 4}, "in place of")])
+def test_a_most_that_says_nothing_is_refused(fields: dict, words: str) -> None:
+    with pytest.raises(QuantError, match=words):
+        Hadamard(**fields)
+
+
+def test_an_odd_width_is_refused_rather_than_left_alone() -> None:
+    with pytest.raises(QuantError, match="rotates nothing of a layer with 9 inputs"):
+        Hadamard(most=128).build(torch.ones(2, 9))
+
+
+def test_layers_that_read_one_tensor_rotate_it_once() -> None:
+    root = torch.randn(4, 32, requires_grad=True)
+    x, maps, other = root * 1, [Hadamard(block=16).build(torch.ones(2, 32)) for _ in range(2)], Hadamard(block=8).build(torch.ones(2, 32))
+    first = maps[0].of_input(x)
+    assert maps[1].of_input(x) is first and other.of_input(x) is not first
+    assert torch.equal(maps[0].of_input(x), first) and maps[0].of_input(root) is not maps[0].of_input(root), "a leaf lives on and holds nothing"
+    (maps[0].of_input(x).sum() + 2 * maps[1].of_input(x).sum()).backward()
+    torch.testing.assert_close(root.grad, 3 * maps[0].of_input(torch.ones(4, 32)))
+
+
+@torch.no_grad()
+def test_a_rotation_is_forgotten_when_the_tensor_is_written() -> None:
+    with torch.enable_grad():
+        x = torch.randn(4, 32, requires_grad=True) * 1
+        maps = Hadamard(block=16).build(torch.ones(2, 32))
+        maps.of_input(x)
+    x.add_(1)
+    torch.testing.assert_close(maps.of_input(x), maps.of_weight(x), rtol=0, atol=0)
+
+
+def test_signs_are_not_shared() -> None:
+    x = torch.randn(4, 32, requires_grad=True) * 1
+    one, other = (Hadamard(seed=seed).build(torch.ones(2, 32)).of_input(x) for seed in (1, 2))
+    assert not torch.equal(one, other)

@@ -20,9 +20,10 @@ from qatlas.export import target
 from qatlas.layers.linear import QLinear
 from qatlas.layers.norm import Norm
 from qatlas.layers.quantized import Slots
+from qatlas.model.fresh import renew
 from qatlas.model.pack import checkpoint, load_into, load_packed, pack, save
 from qatlas.model.rules import Rule, quantized, quantizers
-from qatlas.papers.bitnet import bitnet, of_input, of_weight, renew, unnormed
+from qatlas.papers.bitnet import bitnet, of_input, of_weight, unnormed
 from qatlas.train import data, fit
 from qatlas.train.run import Run
 from qatlas.train.tactic import Tactic

@@ -7,22 +7,20 @@ A transform is a value (`Hadamard()`, `Smooth(0.5)`, `Permute()`); `build` turns
     Permute    the input channels in descending order of max|x_j|: groups then hold channels of like size
     Chain      several, the first one first
 
-Sources: QuaRot (arXiv 2404.00456), SmoothQuant (arXiv 2211.10438). Hadamard matrices of order K that is no power of two are made by Paley's two
-constructions (K = q + 1 and K = 2 (q + 1), q prime), not copied from tables: they are Hadamard but not the tabulated ones. Orders without one (no
-factor K 2^m) are refused; `block` rotates inside blocks instead.
+Sources: QuaRot (arXiv 2404.00456), SmoothQuant (arXiv 2211.10438). Widths without a Hadamard matrix (hadamard.py) are refused; `block` rotates inside
+blocks instead. Layers that read the same tensor (query, key and value; gate and up) and rotate it alike rotate it once.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .error import QuantError
+from .hadamard import hadamard, odd_order
 from .noun import Noun
 
 
@@ -57,7 +55,8 @@ class Transform(Noun):
 
 @dataclass(frozen=True)
 class Hadamard(Transform):
-    """block: rotate blocks of that many channels (None: all of them at once). seed: random signs, stored with the layer; None: plain.
+    """block: rotate blocks of that many channels (None: all of them at once). most: in place of it the largest power of two that divides the
+    channels, up to this one, so that one value serves layers of any width. seed: random signs, stored with the layer; None: plain.
 
     >>> maps = Hadamard().build(torch.eye(4))
     >>> maps.of_input(torch.tensor([1.0, 0.0, 0.0, 0.0]))
@@ -66,16 +65,39 @@ class Hadamard(Transform):
 
     block: int | None = None
     seed: int | None = None
+    most: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.most is not None and (self.block is not None or self.most < 2 or self.most & (self.most - 1)):
+            raise QuantError(f"Hadamard(block={self.block}, most={self.most}): most is a power of two from 2 on, in place of block")
 
     def build(self, weight: Tensor, peak: Tensor | None = None) -> Maps:
         n = weight.shape[1]
         block = n if self.block is None else self.block
+        if self.most is not None:
+            block = min(n & -n, self.most)
+            if block == 1:
+                raise QuantError(f"Hadamard(most={self.most}) rotates nothing of a layer with {n} inputs: no power of two divides them; give "
+                                 "that layer a rule with transform=None")
         if n % block:
             raise QuantError(f"Hadamard(block={block}) does not divide the {n} inputs of a layer")
         signs = torch.ones(n)
         if self.seed is not None:
             signs = torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(self.seed)) * 2.0 - 1
         return _Rotate(block, signs.to(weight.device, weight.dtype))
+
+
+class Rotated(NamedTuple):
+    """A tensor's rotation in blocks, and how often both had been written."""
+
+    value: Tensor
+    block: int
+    written: int
+    answered: int
+
+    def of(self, block: int, x: Tensor) -> bool:
+        """Whether it is that of x as it is now."""
+        return block == self.block and (x._version, self.value._version) == (self.written, self.answered)
 
 
 class _Rotate(Maps):
@@ -88,11 +110,19 @@ class _Rotate(Maps):
         self.register_buffer("signs", signs)
 
     def of_input(self, x: Tensor) -> Tensor:
-        x = x if self.plain else x * self.signs
-        return hadamard(x.unflatten(-1, (-1, self.block))).flatten(-2)
+        """Rotated once for all that read x: the answer stays on it. (Leaves live on, and hold nothing; a rotation saves nothing for backward, so x
+        holds no memory but the answer's.)"""
+        if not self.plain or x.is_leaf or torch.compiler.is_compiling():
+            return self.of_weight(x)
+        same = getattr(x, "_rotated", None)
+        if same is None or not same.of(self.block, x):
+            y = self.of_weight(x)
+            same = x._rotated = Rotated(y, self.block, x._version, y._version)  # type: ignore[attr-defined]
+        return same.value
 
     def of_weight(self, w: Tensor) -> Tensor:
-        return self.of_input(w)
+        w = w if self.plain else w * self.signs
+        return hadamard(w.unflatten(-1, (-1, self.block))).flatten(-2)
 
     def back(self, w: Tensor) -> Tensor:
         return hadamard(w.unflatten(-1, (-1, self.block)), transpose=True).flatten(-2) * self.signs
@@ -202,64 +232,3 @@ class _Chain(Maps):
         for link in reversed(self.links):
             w = link.back(w)
         return w
-
-
-def hadamard(x: Tensor, transpose: bool = False) -> Tensor:
-    """x (..., n) -> x (H_K kron H_2^m) / sqrt(n), K the slow index; its own inverse for K = 1, else the transpose is. Differentiable; n log n for the
-    power of two.
-
-    >>> hadamard(torch.tensor([1.0, 0.0, 0.0, 0.0]))
-    tensor([0.5000, 0.5000, 0.5000, 0.5000])
-    """
-    n = x.shape[-1]
-    order = odd_order(n)
-    y = x.reshape(*x.shape[:-1], order, n // order)
-    h = 1
-    while h < n // order:
-        pairs = y.unflatten(-1, (-1, 2, h))                       # (..., K, blocks, 2, h)
-        a, b = pairs[..., 0, :], pairs[..., 1, :]
-        y = torch.stack((a + b, a - b), -2).flatten(-3)
-        h *= 2
-    if order > 1:
-        matrix = _paley(order).to(y)
-        y = torch.einsum("ij,...jn->...in", matrix if transpose else matrix.T, y)
-    return y.reshape(x.shape) / math.sqrt(n)
-
-
-def odd_order(n: int) -> int:
-    """K with n = K 2^m for which a Hadamard matrix of order K can be made; the smallest such.
-
-    Raises:
-        QuantError: no such K.
-    """
-    k = n // (n & -n)
-    while k <= n:
-        if n % k == 0 and (k == 1 or _paley_prime(k) is not None):
-            return k
-        k *= 2
-    raise QuantError(f"no Hadamard matrix of order {n} can be made; take Hadamard(block={n & -n}), the largest power of two that divides it")
-
-
-def _paley_prime(order: int) -> tuple[int, int] | None:
-    """(kind, q) of Paley's construction for this order."""
-    for kind, q, rest in ((1, order - 1, 3), (2, order // 2 - 1, 1)):
-        if order % 4 == 0 and q > 2 and q % 4 == rest and all(q % d for d in range(2, math.isqrt(q) + 1)):
-            return kind, q
-    return None
-
-
-@lru_cache(maxsize=16)
-def _paley(order: int) -> Tensor:
-    """(K, K) of +-1 with H H^T = K I."""
-    kind, q = _paley_prime(order)  # type: ignore[misc]
-    squares = {i * i % q for i in range(1, q)}
-    chi = torch.tensor([0.0] + [1.0 if i in squares else -1.0 for i in range(1, q)], dtype=torch.float64)
-    i = torch.arange(q)
-    core = chi[(i[:, None] - i[None, :]) % q]
-    border = torch.zeros(q + 1, q + 1, dtype=torch.float64)
-    border[0, 1:], border[1:, 0], border[1:, 1:] = 1, -1 if kind == 1 else 1, core
-    if kind == 1:
-        return border + torch.eye(q + 1, dtype=torch.float64)
-    a = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-    b = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
-    return torch.kron(border, a) + torch.kron(torch.eye(q + 1, dtype=torch.float64), b)

@@ -115,6 +115,8 @@ def _refused(layer: Any, numbers: Numbers, target: str) -> str | None:
     form, kind = find_target(target)
     if layer.norm is not None:
         return "a norm stands in front of the layer, which no exported weight contains"
+    if layer.transform is not None:
+        return "its inputs are transformed in front of the product, which no exported weight contains"
     if (reason := able.refusal(numbers, target)) is not None or numbers.weight is None:
         return reason
     if isinstance(layer, Packed):

@@ -44,6 +44,10 @@ def fitted(model: nn.Module, layers: Mapping[str, type[Quantized]], plan: Mappin
             refused[name] = FormatError(f"{target} holds weights, and has no place for the norm that the rules put in front of this layer; leave "
                                         "out the norm, or the target")
             continue
+        if slots.transform is not None:
+            refused[name] = FormatError(f"{target} holds weights, and has no place for the {type(slots.transform).__name__} transform of this "
+                                        "layer's inputs; leave out the transform, or the target")
+            continue
         if reason := next(filter(None, (form.why_not_signal(quant, kind) for quant in (slots.input, slots.output) if quant is not None
                                         and hasattr(form, "why_not_signal"))), None):
             refused[name] = FormatError(f"{target} cannot hold this layer's quantized activations: {reason}. Take static ones (w4a8-static, "
@@ -63,7 +67,7 @@ def fitted(model: nn.Module, layers: Mapping[str, type[Quantized]], plan: Mappin
     if refused:
         first, more = next(iter(refused)), list(refused)[1:]
         also = f"\n  refused as well: {len(more)} more layers ({', '.join(more[:3])}{', ...' if more[3:] else ''})" if more else ""
-        known = first in plan and plan[first].norm is None        # neither a signal's address nor a layer that no scheme would help
+        known = first in plan and plan[first].norm is None and plan[first].transform is None      # else no scheme would help
         asked = _asked(model, first, plan[first], layers[first], role) if known else None
         raise FormatError(f"{first}: {_instead(str(refused[first]), asked, target)}{also}") from None
     return out

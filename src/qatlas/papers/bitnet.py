@@ -37,15 +37,13 @@ Numbers of ours: docs/results.md#bitnet. In short runs on a small model three va
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from ..core.error import FormatError, QuantError, RuleError, RunError
+from ..core.error import FormatError, QuantError, RuleError
 from ..core.estimator import Ste
 from ..core.grain import PerTensor, PerToken
 from ..core.grid import Sign, Ternary, Uniform
@@ -55,6 +53,7 @@ from ..core.scale import AbsMax, AbsMean
 from ..layers.norm import Norm
 from ..model.blocks import blocks
 from ..model.coverage import describe
+from ..model.fresh import renew
 from ..model.roles import Role
 from ..model.rules import Rule, keep_full, quantize, reachable
 from ..model.signals import attentions
@@ -160,22 +159,6 @@ def of_input(bits: int = 8) -> Quant:
         raise QuantError(f"BitNet takes inputs of 2 to 8 whole bits, not input_bits={bits:g}")
     grid = Uniform(bits)
     return Quant(grid, PerToken(), AbsMax(floor=FLOOR / grid.high), Ste())
-
-
-@torch.no_grad()
-def renew(model: nn.Module, seed: int) -> None:
-    """Draw all weights anew, in place: those of a second model of the same class and configuration, built under this seed.
-
-    Raises:
-        RunError: a model without a configuration to build another from.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise RunError(f"scratch=True draws weights as the model's class does, from its configuration; {type(model).__name__} is not a model of "
-                       "transformers. Build it anew yourself, and train with scratch=False")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        fresh: Any = type(model)(copy.deepcopy(model.config))
-    model.load_state_dict(fresh.state_dict())
 
 
 def unnormed(model: nn.Module) -> list[str]:
