@@ -244,7 +244,7 @@ def _rest(layer: Quantized, q: QTensor, frozen: Tensor, held: Tensor) -> None:
 
 @torch.no_grad()
 def reestimate(model: nn.Module, task: Task, batches: int = 50) -> int:
-    """Measure the batch norms' statistics anew: plain means over training batches, all else in eval mode; 0 batches leave them. The number of norms."""
+    """Measure the batch norms' statistics anew: plain means over training batches, all else in eval mode. 0 batches leave them. -> how many norms"""
     norms = [m for m in model.modules() if batches and isinstance(m, _BatchNorm) and m.track_running_stats]
     with judged(model):
         rates = [norm.momentum for norm in norms]
