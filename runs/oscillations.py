@@ -1,4 +1,4 @@
-"""Oscillations induced, damped and frozen: a pretrained ResNet-20 on CIFAR-10, weights of 3 and 2 bits, activations in full precision.
+"""Oscillations induced, damped and frozen: a pretrained ResNet-20 on CIFAR-10, weights of 3 bits, activations in full precision.
 
 All trained rows start from the same checkpoint and see the same batches in the same order for the same seed; AdamW, cosine, one learning rate.
 
@@ -14,7 +14,7 @@ All trained rows start from the same checkpoint and see the same batches in the 
     turning        share of weights whose integer turns back and forth in more than 0.5 % of the steps, frozen ones left out
     norms anew     accuracy after the batch norms were measured anew on 50 batches
 
-    python runs/oscillations.py [--out docs/evidence/oscillations] [--seeds 3] [--steps 120] [--page FILE]
+    python runs/oscillations.py [--out docs/evidence/oscillations] [--seeds 3] [--steps 80] [--page FILE]
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from qatlas.model.rules import Rule, keep_full, quantize
 from qatlas.papers.oscillations import Track, at_edges, of_weight, oscillations, reestimate
 
 CROSS = (2, 3, 4, 8)
-LAMBDAS = (10.0, 100.0)
+LAMBDAS = (30.0, 300.0)
 ROWS: dict[str, dict[str, Any]] = {
     "full": {"strength": 0.0}, "induce": {}, "STE": {"mode": "plain", "learned": False}, "LSQ": {"mode": "plain"},
     "dampen": {"mode": "dampen"}, "freeze": {"mode": "freeze"}}
-AT = {3: tuple(ROWS), 2: ("full", "induce", "STE")}
+AT = {3: tuple(ROWS)}
 FRESH = ("full", "induce", "STE")
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="docs/evidence/oscillations")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--page", help="the file whose section is made anew")
     given = parser.parse_args()
