@@ -33,7 +33,7 @@ from qatlas.train.tactic import Loop, Tactic
 
 ROWS = {"QuEST, 3 bits": {"base": "quest", "bits": 3, "input_bits": 3}, "QuEST, 2 bits": {"base": "quest", "bits": 2, "input_bits": 2},
         "LSQ, 2 bits": {"base": "lsq", "bits": 2, "input_bits": 8, "hadamard": None}}
-LAMBDAS = (0.0, 300.0, 1000.0)
+LAMBDAS = (0.0, 30.0, 300.0)
 
 
 class Turning(Tactic):
@@ -80,8 +80,8 @@ def main() -> None:
     torch.set_num_threads(1)
     Path(given.scratch).mkdir(parents=True, exist_ok=True)
     place, results = Place("stories", Path(given.scratch), 1024), {}
-    for seed in range(given.seeds):
-        for name, row in ROWS.items():
+    for name, row in ROWS.items():
+        for seed in range(given.seeds):
             for strength in LAMBDAS:
                 settings = {"lr": given.lr, "seed": seed, "steps": given.steps, "batch": given.batch, "lambda": strength}
                 where = Path(given.out) / f"{name.replace(', ', '-').replace(' ', '')}-lambda{strength:g}-s{seed}.json"

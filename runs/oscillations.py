@@ -32,7 +32,7 @@ from qatlas.model.rules import Rule, keep_full, quantize
 from qatlas.papers.oscillations import Track, at_edges, of_weight, oscillations, reestimate
 
 CROSS = (2, 3, 4, 8)
-LAMBDAS = (30.0, 300.0)
+LAMBDAS = (300.0, 1000.0, 3000.0)
 ROWS: dict[str, dict[str, Any]] = {
     "full": {"strength": 0.0}, "induce": {}, "STE": {"mode": "plain", "learned": False}, "LSQ": {"mode": "plain"},
     "dampen": {"mode": "dampen"}, "freeze": {"mode": "freeze"}}
