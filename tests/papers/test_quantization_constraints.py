@@ -260,9 +260,13 @@ def test_what_cannot_work_is_refused(wrong, kind, words):
         quantization_constraints(tiny_llama(), lm(), steps=1, **wrong)
 
 
-def test_several_processes_are_refused():
+def test_several_processes_and_checkpointing_are_refused():
     with pytest.raises(RunError, match="run in one process"):
-        Duals(of=SimpleNamespace()).start(SimpleNamespace(accelerator=SimpleNamespace(num_processes=2)))
+        Duals(of=SimpleNamespace()).start(SimpleNamespace(accelerator=SimpleNamespace(num_processes=2), model=nn.Linear(1, 1)))
+    model = tiny_llama()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(RunError, match="gradient_checkpointing_disable"):
+        quantization_constraints(model, lm(), steps=1)
 
 
 def test_it_resumes_to_the_same_bits(tmp_path):

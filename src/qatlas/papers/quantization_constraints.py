@@ -186,7 +186,7 @@ def apart(layer: Any, x: Tensor, y: Tensor | None) -> Tensor:
         x = x if layer.norm is None else layer.norm(x)
         x = x if layer.transform is None else layer.transform.of_input(x)
         q = x if layer.input_quantizer is None else layer.input_quantizer(x)
-        low = layer.weight_quantizer.hard(layer.source())
+        low = layer.computed()
     z = layer.product(q, (layer.source() - low).to(q.dtype))
     if layer.bias is not None:
         z = z - layer.bias.reshape(-1, *[1] * (layer.matrix().dim() - 2))                     # (out), (out, 1, 1)
@@ -206,7 +206,10 @@ class Duals(Tactic):
         self.rate, self.every, self.batches, self._of = rate, every, batches, of
 
     def start(self, loop: Loop) -> None:
-        """Refuse several processes: two forwards of different parts of a model before one backward."""
+        """Refuse several processes (two forwards before one backward) and checkpointing (a backward would run the wrong one of the two again)."""
+        if self._of is not None and any(getattr(module, "gradient_checkpointing", False) for module in loop.model.modules()):
+            raise RunError("the Lagrangian runs two networks in each step, and gradient checkpointing would run the low-bit one again for both: call "
+                           "model.gradient_checkpointing_disable()")
         if self._of is not None and loop.accelerator.num_processes > 1:
             raise RunError(f"the Lagrangian runs two networks in each step, which {loop.accelerator.num_processes} processes do not wait for "
                            "rightly: run in one process")
