@@ -96,6 +96,9 @@ TWO_THIRDS = "outside of the ternary stretched grid the clip value hears 1, but 
 NOISE = "their gradient factor y.detach() - (y g).detach() + y g leaves float noise in the step. Compared to 1e-4"
 BINARY_STEP = "inside, the step of the sign hears sign(v) - v, while the value alpha sign(v) moves with it by sign(v)"
 COSINE = "the cosine of x + round(x), which loses digits, with pi to eight; ours is of x - round(x). Compared to 2e-5"
+LIKE = ("the first constraint of a block holds a convolution's bare output, cut to [0, 1], against the next one's input, behind norm and activation; "
+        "ours holds like against like")
+CANCELS = "2 round(t n) / n - 1 leaves float noise where it is near 0. Compared to 1e-6"
 
 HEADS = "one scale for each head of each sample, which no part of a stored model can have; the released scripts never take it"
 HIDDEN = "what the mask hides gets -10000, in transformers the lowest number; the map is 0 there in both"
@@ -125,6 +128,10 @@ REFUSED = [
     Refused("efficientqat", lambda p, a: "w" in a and a["w"].shape[1] % p["group_size"] != 0, ROWS),
     Refused("lsq_family", has("kind", "ewgs"), TIE, ties("x", parts=lambda p: p["num_levels"] - 1)),
     Refused("pdqat", lambda p, a: p["kind"] == "act", TIE, ties("x", parts=lambda p: 2 ** p["bits"] - 1)),
+    Refused("pdqat", lambda p, a: p["kind"] == "weight" and p["bits"] == 1, TIE, zeros),
+    Refused("pdqat", lambda p, a: p["kind"] == "weight" and p["bits"] == 8, CANCELS, within=1e-6),
+    Refused("pdqat", lambda p, a: p["kind"].startswith("step_"), LIKE),
+    Refused("pdqat", lambda p, a: p["kind"] == "act" and p["bits"] == 32, "cuts to [0, 1] in full precision, too; ours leaves what is not quantized"),
     Refused("aecct", lambda p, a: True, EPSILON, within=1e-4),
     Refused("llmqat", lambda p, a: True, EPSILON, within=1e-4),
     Refused("ternarybert", lambda p, a: double(p, a) and p["cls"] == "AsymQuantizer", EPSILON, within=1e-4),

@@ -49,7 +49,7 @@ HELD = {(1.58, "tq2_0"), (1.58, "q4_0"), (2, "q4_0"), (3, "q4_0"), (4, "q4_0"), 
         (1.58, "tq1_0"), (2, "q2_k"), (1.58, "q2_k"), (3, "q3_k"), (4, "q4_1"), (4, "q5_0"), (4, "q5_1"), (4, "q4_k"), (4, "q5_k"), (4, "q6_k"),
         (2, "mxfp4"), *((bits, f"w{bits}{end}") for bits in (2, 3, 4, 8) for end in ("", "_v2")), (1, "w2"), (1.58, "w2"), (1.58, "w4")}
 TARGETS = [tuple(name.split(":")) for name in export.targets()]
-FOR_Q4_0 = {"quest": {"bits": 3, "hadamard": None}}               # papers whose defaults this target refuses: what of them it holds
+FOR_Q4_0 = {name: {"bits": 3, "hadamard": None} for name in ("quest", "cage")}          # what it holds of papers whose defaults it refuses
 HELD |= {(bits, kind) for bits in (1, 1.58, 2, 3, 4, 8) for _, kind in TARGETS if kind.startswith("int")}
 
 

@@ -18,7 +18,7 @@ from qatlas.layers.adapter import Lora
 from qatlas.layers.linear import QLinear
 from qatlas.layers.quantized import Slots
 from qatlas.model.rules import Rule, quantize
-from qatlas.train.sharpness import sharpness
+from qatlas.train.sharpness import sharpness, trace
 
 W4, A8 = Quant(Uniform(4), PerTensor(), AbsMax()), Quant(Uniform(8), PerTensor(), AbsMax())
 
@@ -45,6 +45,26 @@ ONE = [{"c": torch.ones(1, dtype=torch.float64)}]
                                              ([3.0, 3.0, 1.0], 3.0)])
 def test_a_known_spectrum(spectrum, value):
     assert sharpness(Valley(spectrum), valley, ONE, tolerance=1e-9) == pytest.approx(value, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("spectrum", [[5.0, 3.0, 1.0], [-5.0, 4.0, 1.0, 0.0], [2.0]])
+def test_the_trace_is_the_sum_of_the_spectrum(spectrum):
+    assert trace(Valley(spectrum), valley, ONE, probes=3000) == pytest.approx(sum(spectrum), abs=0.3)
+    assert trace(Valley(spectrum), valley, ONE, probes=3) == trace(Valley(spectrum), valley, ONE, probes=3)
+
+
+def test_the_trace_is_of_the_quantized_point_and_leaves_nothing_behind():
+    model, subject = quantized(llama()), task()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    value = trace(model, subject.loss, [subject.batch(0)], probes=2)
+    hard = llama()
+    hard.load_state_dict({name: t for name, t in before.items() if "quantizer" not in name})
+    for name, layer in ((n, m) for n, m in model.named_modules() if isinstance(m, QLinear)):
+        hard.get_submodule(name).weight.data = layer.hard()
+    assert value == pytest.approx(trace(hard, subject.loss, [subject.batch(0)], probes=2), rel=1e-4)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    with pytest.raises(RunError, match="0 batches"):
+        trace(model, subject.loss, [])
 
 
 def test_two_signs_of_one_size_are_told_apart():

@@ -1,4 +1,4 @@
-"""Sharpness: the top eigenvalue of the Hessian of a loss, at the point where the layers compute.
+"""Sharpness: the top eigenvalue and the trace of the Hessian of a loss, at the point where the layers compute.
 
 What low bits do to the surface of a loss is told by the curvature there. A quantized layer computes with `hard()`, not with its master, and the
 rounding between the two has no second derivative: so the weights are replaced by their `hard()` values for the time and *all* quantizers are off,
@@ -13,6 +13,8 @@ statistics. Figure 5 of Teacher Intervention (arXiv 2302.11812) shows eigenvalue
 The Rayleigh quotient q.Hq alone stands still at a wrong value where +a and -a are both eigenvalues, which the two vectors together tell apart; the
 second costs no further product. It ends when theta moved by less than `tolerance` of itself in two steps running. As with every power
 iteration, a tie within the tolerance may hide a slightly larger eigenvalue.
+
+The trace is Hutchinson's estimate: the mean of v.Hv over random vectors v of +-1, whose expectation it is.
 
 Attention runs through the plain product and softmax meanwhile: fused kernels have no second derivative.
 """
@@ -50,6 +52,29 @@ def sharpness(model: nn.Module, loss: Loss, batches: Sequence[Batch], *, steps: 
         RunError: not settled within `steps`; no batches; a loss that is not finite; no parameter that requires a gradient.
         QuantError: packed layers, which have no weights to move, or adapters: merge them first.
     """
+    with _smooth(model, loss, batches) as (times, weights):
+        start = torch.randn(sum(w.numel() for w in weights), generator=torch.Generator().manual_seed(seed))
+        return top(times, start.to(weights[0].device, weights[0].dtype), steps, tolerance)
+
+
+def trace(model: nn.Module, loss: Loss, batches: Sequence[Batch], *, probes: int = 50, seed: int = 0) -> float:
+    """The trace of the Hessian, from so many random vectors; arguments and errors as those of `sharpness`.
+
+    >>> line = nn.Sequential(nn.Linear(3, 1, bias=False))
+    >>> round(trace(line, lambda model, batch: model(batch["x"]).square().mean(), [{"x": torch.eye(3)}], probes=1), 4)
+    2.0
+    """
+    with _smooth(model, loss, batches) as (times, weights):
+        draw, n, total = torch.Generator().manual_seed(seed), sum(w.numel() for w in weights), 0.0
+        for _ in range(probes):
+            v = (torch.randint(0, 2, (n,), generator=draw) * 2.0 - 1).to(weights[0].device, weights[0].dtype)
+            total += _dot(v, times(v))
+        return total / probes
+
+
+@contextmanager
+def _smooth(model: nn.Module, loss: Loss, batches: Sequence[Batch]) -> Iterator[tuple[Callable[[Tensor], Tensor], list[nn.Parameter]]]:
+    """Inside, the model is the smooth network at the quantized point: the product with its Hessian, and the parameters that it is over."""
     batches = [moved(batch, device(model)) for batch in batches]
     with undisturbed(model), hardened(model), full_precision(model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         model.eval()
@@ -57,8 +82,7 @@ def sharpness(model: nn.Module, loss: Loss, batches: Sequence[Batch], *, steps: 
         if not weights or not batches:
             raise RunError(f"sharpness over {len(weights)} parameters and {len(batches)} batches: give at least one batch, and a model with "
                            "parameters that require a gradient")
-        start = torch.randn(sum(w.numel() for w in weights), generator=torch.Generator().manual_seed(seed))
-        return top(lambda v: product(model, loss, batches, weights, v), start.to(weights[0].device, weights[0].dtype), steps, tolerance)
+        yield lambda v: product(model, loss, batches, weights, v), weights
 
 
 @contextmanager

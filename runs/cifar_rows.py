@@ -1,0 +1,91 @@
+"""What the runs of several papers on ResNet-20 and CIFAR-10 share: the model, the data, how it is judged, and small files for single runs.
+
+The model is the trained checkpoint of cifar_resnet.py, batch norms in place. First convolution and classifier stay in full precision. 25,000 images
+train (mirrored and moved); 750 of the other 25,000 choose what has to be chosen; the first 1,500 test images judge.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from cifar_resnet import NORMED, cifar_resnet
+from cifar_vit import cifar_task
+from torch import nn
+
+from qatlas.model.rules import keep_full
+from qatlas.train.evaluate import evaluate
+from qatlas.train.labelled import Images
+from qatlas.train.run import Run
+
+ENDS = ("conv1", "linear")
+TEST, CHOICE = 1500, 750
+
+
+class Cifar:
+    """The images, read once."""
+
+    def __init__(self, batch: int = 32) -> None:
+        torch.set_num_threads(1)
+        self.training = cifar_task(batch=batch, extra_rules=keep_full(*ENDS), **NORMED)
+        self.test, self.choice = cifar_task(batch=250, **NORMED), cifar_task(batch=250, held_out=self._other(), **NORMED)
+        self.test.held_rows, self.choice.held_rows = TEST, CHOICE
+
+    @staticmethod
+    def _other() -> str:
+        return str(Path(os.environ["QATLAS_DATA"]) / "cifar10" / "train1.parquet")
+
+    def task(self, seed: int, tactics: tuple[Any, ...] = ()) -> Images:
+        """The training task under a seed."""
+        self.training.run = Run(None, seed=seed, progress=False)
+        self.training.run.tactics = tactics
+        return self.training
+
+    @staticmethod
+    def model() -> nn.Module:
+        """The checkpoint."""
+        return cifar_resnet()
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Per cent of the test images."""
+        return 100 * evaluate(model, self.test)["accuracy"]
+
+    def chosen(self, model: nn.Module) -> float:
+        """Per cent of the images that choose."""
+        return 100 * evaluate(model, self.choice)["accuracy"]
+
+
+def kept(where: Path, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` gives, kept as a small file; a run that is there is not repeated.
+
+    Raises:
+        SystemExit: a file that was made with other settings.
+    """
+    if where.exists():
+        found = json.loads(where.read_text())
+        if any(found.get(key) != value for key, value in settings.items()):
+            raise SystemExit(f"{where} was made with other settings; name another --out")
+        return found
+    began = time.process_time()
+    found = settings | make() | {"cpu seconds": round(time.process_time() - began, 1)}
+    where.parent.mkdir(parents=True, exist_ok=True)
+    where.write_text(json.dumps(found))
+    print(where.stem, {key: round(value, 3) for key, value in found.items() if isinstance(value, float)}, flush=True)
+    return found
+
+
+def told(values: list[float], digits: int = 2) -> str:
+    """Mean and spread."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):,.{digits}f}{spread}"
+
+
+def means(runs: list[dict[str, Any]], *keys: str, digits: int = 2) -> list[str]:
+    """Of each key that all runs have: mean and spread; else nothing."""
+    return [told([run[key] for run in runs], digits) if all(key in run for run in runs) else "" for key in keys]
