@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lowrank import IDS, llama, same, state, task
 from torch import nn
 
 from qatlas.core.error import FormatError, QuantError
@@ -19,7 +20,6 @@ from qatlas.papers.l4q import TRAINED, Covering, l4q, of_weight
 from qatlas.train.fit import fit
 from qatlas.train.optim import AdamW
 from qatlas.train.schedule import cosine
-from test_lr_qat import IDS, llama, same, state, task
 
 
 @settings(max_examples=20, deadline=None)
@@ -37,7 +37,8 @@ def test_the_start_cuts_nothing_and_no_smaller_step_would(seed, bits, middle):
 def test_gradients_are_the_papers(offset):
     torch.manual_seed(0)
     module = nn.Linear(32, 8, bias=False).double()
-    layer = QLinear.of(module, Slots(of_weight(3, 8, "covering", offset, False, None), adapter=Lora(4, 8.0), frozen=Cast(), keep="recompute")).double()
+    slots = Slots(of_weight(3, 8, "covering", offset, False, None), adapter=Lora(4, 8.0), frozen=Cast(), keep="recompute")
+    layer = QLinear.of(module, slots).double()
     q, a, b = layer.weight_quantizer, layer.adapter.a, layer.adapter.b
     with torch.no_grad():
         b.normal_(), q.scale.mul_(0.8)
@@ -63,13 +64,22 @@ def test_gradients_are_the_papers(offset):
 
 @pytest.mark.parametrize("offset", [False, True])
 def test_with_alpha_zero_it_is_lsq_on_frozen_weights(offset):
-    ours = l4q(llama(), task(), group=32, alpha=0.0, offset=offset, steps=4, lr=1e-3)
-    plain, other = quantize(llama(), [*keep_full("@embedding", "@head"), Rule("*", weight=of_weight(4, 32, "covering", offset, False, None))]), task()
-    fit(plain, other, train="*.weight_quantizer.*", optimizer=AdamW(lr=1e-3, weight_decay=0.01), schedule=cosine(0.1), steps=4)
+    quant, ends = of_weight(4, 32, "covering", offset, False, None), []
+    for more in ({"adapter": Lora(4, 0.0), "frozen": Cast(), "keep": "recompute"}, {}):
+        model = quantize(llama(), [*keep_full("@embedding", "@head"), Rule("*", weight=quant, **more)])
+        fit(model, task(), train="*_quantizer.*", optimizer=AdamW(lr=1e-3), schedule=cosine(0.1), steps=4)
+        ends.append([(state(layer.weight_quantizer), layer.hard()) for layer in quantized(model).values()])
+    for (steps, hard), (others, there) in zip(*ends, strict=True):
+        assert same(steps, others) and torch.equal(hard, there)
+
+
+def test_the_paper_with_alpha_zero_is_lsq_too():
+    """The norm that clips gradients sums over adapters as well, whose gradients are zero: in another order, so not to the last bit."""
+    paper = l4q(llama(), task(), group=32, alpha=0.0, steps=4, lr=1e-3)
+    plain = quantize(llama(), [*keep_full("@embedding", "@head"), Rule("*", weight=of_weight(4, 32, "covering", None, False, None))])
+    fit(plain, task(), train="*_quantizer.*", optimizer=AdamW(lr=1e-3), schedule=cosine(0.1), steps=4)
     for name, layer in quantized(plain).items():
-        mine = quantized(ours)[name]
-        assert same(state(mine.weight_quantizer), state(layer.weight_quantizer)) and torch.equal(mine.hard(), layer.hard())
-    assert torch.equal(ours(IDS).logits, plain(IDS).logits)
+        torch.testing.assert_close(quantized(paper)[name].weight_quantizer.scale, layer.weight_quantizer.scale, rtol=1e-4, atol=0)
 
 
 def test_only_adapters_and_steps_train_and_the_weights_keep_the_type_asked_for():
@@ -82,14 +92,14 @@ def test_only_adapters_and_steps_train_and_the_weights_keep_the_type_asked_for()
         assert torch.equal(quantized(begun)[name].weight, plain.get_submodule(name).weight)
 
 
-def test_few_weights_are_cut_after_training_from_the_papers_start():
+def test_fewer_weights_are_cut_after_training_from_the_papers_start():
     cut = {}
-    for start in ("covering", "deviation"):
-        model = l4q(llama(), task(), bits=3, group=32, steps=6, lr=2e-3, start=start)
-        places = [(layer.weight_quantizer.quant.grain.view(layer.source().detach()) - layer.weight_quantizer.offset.detach().unsqueeze(-1))
-                  / layer.weight_quantizer.scale.detach().unsqueeze(-1) for layer in quantized(model).values()]
+    for start in ("covering", "absmax"):
+        model = l4q(llama(), task(), bits=3, group=32, steps=6, scale_lr=0.01, start=start, offset=False)
+        places = [layer.weight_quantizer.quant.grain.view(layer.source().detach()) / layer.weight_quantizer.scale.detach().unsqueeze(-1)
+                  for layer in quantized(model).values()]
         cut[start] = float(torch.cat([((p < -4.001) | (p > 3.001)).flatten().float() for p in places]).mean())
-    assert cut["covering"] < cut["deviation"]
+    assert cut["covering"] < 0.5 * cut["absmax"]
 
 
 @pytest.mark.parametrize("arguments", [{}, {"start": "minmax"}, {"offset": False, "store": "bfloat16"}], ids=str)
@@ -105,11 +115,14 @@ def test_merged_packed_and_loaded_answer_as_trained(arguments, tmp_path):
     assert torch.equal(model(IDS).logits, logits)
 
 
-@pytest.mark.parametrize(("name", "shifted"), [("gguf:q4_1", True), ("gguf:q4_0", False), ("gptq:w4", False), ("compressed-tensors:w4a16", False)])
+@pytest.mark.parametrize(("name", "shifted"), [("gguf:q4_1", True), ("gguf:q5_1", True), ("gguf:q4_0", False), ("gptq:w4", False),
+                                               ("compressed-tensors:w4a16", False)])
 def test_formats_read_it_back_and_say_whether_there_is_an_offset(name, shifted, tmp_path):
-    model = l4q(llama(256 if "gguf" in name else 64), task(target=name), group=64, steps=2, lr=1e-3)
+    model = l4q(llama(), task(target=name), group=64, steps=2, lr=1e-3)
     assert {layer.weight_quantizer.offset is not None for layer in quantized(model).values()} == {shifted}
     module, kind = target(name)
+    if hasattr(module, "lacks") and module.lacks():
+        pytest.skip(module.lacks())
     found = module.read(module.write(checkpoint(model), tmp_path / (f"m.{module.SUFFIX}" if module.SUFFIX else "m"), kind))
     for at, layer in quantized(model).items():
         assert torch.equal(found[f"{at}.weight"], layer.hard()), at
@@ -117,7 +130,7 @@ def test_formats_read_it_back_and_say_whether_there_is_an_offset(name, shifted, 
 
 def test_an_offset_asked_for_aloud_is_refused_by_a_target_without():
     with pytest.raises(FormatError, match="offset"):
-        l4q(llama(256), task(target="gguf:q4_0"), offset=True, steps=1)
+        l4q(llama(), task(target="gguf:q4_0"), group=64, offset=True, steps=1)
 
 
 @pytest.mark.parametrize(("wrong", "words"), [({"bits": 1}, "bits=1"), ({"start": "max"}, "'max'"), ({"start": "minmax", "offset": False}, "offset"),

@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 import torch
+from lowrank import IDS, llama, same, state, task
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from qatlas.core.error import FormatError, QuantError
 from qatlas.core.grid import Uniform
@@ -16,34 +16,11 @@ from qatlas.model.inner import installed
 from qatlas.model.pack import checkpoint, load_packed, pack, save
 from qatlas.model.rules import quantized
 from qatlas.papers.lr_qat import lr_qat, of_weight
-from qatlas.train import data
 from qatlas.train.run import Run
 from qatlas.train.tactic import Tactic
-from qatlas.train.task import LanguageModelling
 
-WORDS = "the cat sat on a mat and the dog ran to the red barn while it rained on us all day "
-IDS = torch.arange(24).view(2, 12) * 7 % 96
 CACHED = {"bits": 4, "input_bits": 8, "cache_bits": 4, "rank": 4}
 ASYMMETRIC = {"bits": 2, "group": 32, "symmetric": False, "rank": 4}
-
-
-def llama(width=64):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
-                                        num_key_value_heads=2, max_position_embeddings=64)).eval()
-
-
-def task(**more):
-    text = data.Text(WORDS * 20, WORDS * 4)
-    return LanguageModelling(text, lambda t: [ord(c) % 96 for c in t], length=16, batch=4, run=more.pop("run", Run(progress=False)), **more)
-
-
-def state(model):
-    return {name: t.clone() for name, t in model.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"group": 16, "bits": 3}, ASYMMETRIC], ids=str)
@@ -137,7 +114,7 @@ def test_merged_packed_and_loaded_answer_as_trained(arguments, tmp_path):
     ("gguf:q4_0", {}), ("gguf:q8_0", {"bits": 5}), ("gguf:q4_0", {"bits": 2, "group": 64}), ("gptq:w4", {"group": 64}),
     ("gptq:w2_v2", {**ASYMMETRIC, "group": 64}), ("compressed-tensors:w4a16", {}), ("awq:w4", {"symmetric": False, "group": 64})], ids=str)
 def test_formats_that_hold_its_numbers_read_them_back(name, arguments, tmp_path):
-    model = lr_qat(llama(256 if "gguf" in name else 64), task(target=name), steps=2, **arguments)
+    model = lr_qat(llama(), task(target=name), steps=2, **arguments)
     module, kind = target(name)
     if hasattr(module, "lacks") and module.lacks():
         pytest.skip(module.lacks())
@@ -165,7 +142,7 @@ def test_what_is_refused_is_refused_before_anything_moves(wrong, words):
 
 def test_a_target_without_a_zero_refuses_an_asymmetric_grid():
     with pytest.raises(FormatError, match="zero"):
-        lr_qat(llama(256), task(target="gguf:q4_0"), steps=1, **ASYMMETRIC)
+        lr_qat(llama(), task(target="gguf:q4_0"), steps=1, **{**ASYMMETRIC, "bits": 4})
 
 
 def test_eight_bits_in_integers():

@@ -31,8 +31,8 @@ from ..core.error import QuantError
 from ..core.estimator import settle
 from ..core.grid import Uniform
 from ..core.noun import Noun
-from ..core.quantizer import Known, Quant, Quantizer, working
 from ..core.qtensor import QTensor
+from ..core.quantizer import Known, Quant, Quantizer, working
 
 if TYPE_CHECKING:
     from .quantized import Quantized

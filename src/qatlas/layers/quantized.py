@@ -49,8 +49,8 @@ KEEP = ("each", "buffer", "recompute")
 
 @dataclass(frozen=True)
 class Slots(Noun):
-    """What is said about one layer: its Quants, transform, adapter, how the quantized weight is kept, the norm in front, how a frozen master is stored.
-    None is full precision, or nothing."""
+    """What is said about one layer: its Quants, transform, adapter, how the quantized weight is kept, the norm in front, how a frozen weight is
+    stored. None is full precision, or nothing."""
 
     weight: Quant | Rows | None = None
     input: Quant | None = None

@@ -2,9 +2,9 @@
 
 A quantized weight is a short computation from a few tensors that live on anyway: the stored weight, its steps, an adapter. Autograd would keep
 the quantized weight and what stands on the way to it (the sum with an adapter, the place on the grid), each as large as the weight, for all layers at
-once. Here one function stands for the whole way. It saves the input and references to those few tensors, so that autograd notices where one of them is
-written in between; its backward computes the weight anew, forms G = dL/dW once, and pulls it back through the closed forms of the quantizer and the
-adapter. At any time there is one layer's weight in memory, not all of them: L4Q (arXiv 2402.04902), and what LR-QAT (arXiv 2406.06385) does by
+once. Here one function stands for the whole way. It saves the input and references to those few tensors, so that autograd notices where one of them
+is written in between; its backward computes the weight anew, forms G = dL/dW once, and pulls it back through the closed forms of the quantizer and
+the adapter. At any time there is one layer's weight in memory, not all of them: L4Q (arXiv 2402.04902), and what LR-QAT (arXiv 2406.06385) does by
 checkpointing.
 """
 

@@ -273,7 +273,7 @@ def _check_tied(model: nn.Module, plan: dict[str, Slots]) -> None:
             raise RuleError(f"{' and '.join(names)} share one weight but the rules give them different numbers; "
                             "give both the same Quant, transform and adapter, or untie them")
         if len(names) > 1 and any(slots.frozen is not None for slots in all_said):
-            raise RuleError(f"{' and '.join(names)} share one weight, which cannot be frozen for each of them by itself; untie them, or keep them full")
+            raise RuleError(f"{' and '.join(names)} share one weight, which cannot be frozen for each by itself; untie them, or keep them full")
 
 
 def _replace(model: nn.Module, plan: dict[str, Slots], peak: dict[str, Tensor]) -> None:

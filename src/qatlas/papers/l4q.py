@@ -1,7 +1,7 @@
 """L4Q: parameter-efficient quantization-aware fine-tuning, LoRA and LSQ in one.
 
-Hyesung Jeon, Yulhwa Kim, Jae-Joon Kim, ACL 2025, arXiv 2402.04902. No official code was found; formulas, start and rates are those of the paper's text
-and appendix, the gradients derived again.
+Hyesung Jeon, Yulhwa Kim, Jae-Joon Kim, ACL 2025, arXiv 2402.04902. No official code was found; formulas, start and rates are those of the paper's
+text and appendix, the gradients derived again.
 
 LoRA on a model that was quantized before it starts from damage and ends in two precisions. L4Q quantizes the sum of the frozen weight and the
 adapter, so that the adapter learns through the quantizer and nothing is left to add at the end:
@@ -13,18 +13,19 @@ With G = dL/dw_hat, formed once a layer and thrown away, and M = 1 where v lies 
     ds = sum G (round(v) - v inside; the end outside),     db = sum G (0 inside; 1 outside)
     dA = (alpha / r) B^T (G M),     dB = (alpha / r) (G M) A^T,     dx = w_hat^T dy
 
-That is LSQ+ on groups, with the adapter behind it: with alpha = 0 it is LSQ on a frozen weight, bit for bit. w, v, w_hat and M are computed again in the
-backward pass, so no layer keeps anything of its weight's size but w0 (layers/recomputed.py): memory is that of LoRA, docs/performance.md has the
-numbers. Steps start so that nothing is cut (`Covering`),
+That is LSQ+ on groups, with the adapter behind it: with alpha = 0 it is LSQ on a frozen weight, bit for bit. w, v, w_hat and M are computed again
+in the backward pass, so no layer keeps anything of its weight's size but w0 (layers/recomputed.py): memory is that of LoRA, docs/performance.md has
+the numbers. Steps start so that nothing is cut (`Covering`),
 
     s = max(min w / Qn, max w / Qp),     b = 0
 
 which has a larger error than other starts, and room for the adapter to move in: `start` names those that the paper compares.
 
 Otherwise than the authors: weight decay leaves the steps alone, and the steps may have a rate of their own (`scale_lr`; the paper prints one rate for
-all). w0 stays in the type in which the model was loaded (theirs: bfloat16) unless `store` says less. alpha is a symbol in the paper; alpha = 2 r here.
+all). w0 stays in the type in which the model was loaded (theirs: bfloat16) unless `store` says less. alpha is a symbol in the paper; 2 r here.
 The paper prints its gradients without LSQ's factor, so it is off (`lsq_factor`). Few formats hold a float offset b (GGUF's Q4_1 and Q5_1; kernels of
-GPTQ's kind do not): with a target that does not, b stays out unless `offset` asks for it, which is then refused by name.
+GPTQ's kind do not): with a target that does not, b stays out unless `offset` asks for it, which is then refused by name. Those that do count codes
+from the lowest: the same function with m = b + Qn s in the place of b.
 
 Numbers of ours: docs/results.md#lowrank.
 """
@@ -84,13 +85,19 @@ class Deviation(Scale):
 
 @dataclass(frozen=True)
 class Shifted(Scale):
-    """The step of another scale, with an offset that starts at zero."""
+    """The step of another scale on the signed integers, with an offset that puts their zero on zero: 0, or the lowest code's value where codes are
+    counted from it (unsigned grids).
+
+    >>> Shifted().measure(torch.tensor([[-8.0, 7.0]]), Uniform(4, False)).offset
+    tensor([[-8.]])
+    """
 
     start: Scale = Covering()
 
     def measure(self, x: Tensor, grid: Grid) -> Place:
-        s = self.start.measure(x, grid).s
-        return Place(s, offset=torch.zeros_like(s))
+        signed = grid.but(signed=True) if isinstance(grid, Uniform) else grid
+        s = self.start.measure(x, signed).s
+        return Place(s, offset=s * (signed.low - grid.low))
 
 
 def l4q(model: nn.Module, task: Task, *, bits: int = 4, group: int | None = 128, rank: int = 4, alpha: float = 8.0, start: str = "covering",
@@ -136,18 +143,19 @@ def of_weight(bits: int, group: int | None, start: str, offset: bool | None, lsq
         raise QuantError(f"there is no start {start!r} of L4Q; there are {', '.join(STARTS)}")
     if start == "minmax" and offset is False:
         raise QuantError("start='minmax' is a range with an offset; leave out offset=False, or take another start")
-    grid, grain = Uniform(bits), PerChannel() if group is None else Group(group)
-
-    def learned(first: Scale) -> Quant:
-        return Quant(grid, grain, Learned(first, factor="lsq" if lsq_factor else 1.0), Clip())
-
     plain: dict[str, Scale] = {"covering": Covering(), "deviation": Deviation(), "absmax": AbsMax(reach=2 ** (bits - 1))}
-    moved = learned(MinMax("offset") if start == "minmax" else Shifted(plain[start]))
-    if offset or start == "minmax" or (offset is None and (target is None or _holds(moved, group, target))):
-        return moved
-    return learned(plain[start])
+    first = MinMax("offset") if start == "minmax" else Shifted(plain[start])
+    grain = PerChannel() if group is None else Group(group)
 
+    def quant(first: Scale, signed: bool = True) -> Quant:
+        return Quant(Uniform(bits, signed), grain, Learned(first, factor="lsq" if lsq_factor else 1.0), Clip())
 
+    if offset is False:
+        return quant(plain[start])
+    if target is None:
+        return quant(first)
+    held = [q for signed in (True, False) if _holds(q := quant(first, signed), group, target)]
+    return held[0] if held else quant(first if offset or start == "minmax" else plain[start])
 
 
 def _holds(quant: Quant, group: int | None, target: str) -> bool:

@@ -3,28 +3,30 @@
 Yelysei Bondarenko, Riccardo Del Chiaro, Markus Nagel, 2024, arXiv 2406.06385. Official code: Qualcomm-AI-research/LR-QAT, against whose numbers the
 layer is held (tests/golden_maps/lrqat.py).
 
-Training all weights for low bits needs all of full training's memory. LR-QAT keeps the weights frozen, as their places on the grid, one byte each, and
-trains a low-rank product inside the rounding, in units of the grid:
+Training all weights for low bits needs all of full training's memory. LR-QAT keeps the weights frozen, as their places on the grid, one byte each,
+and trains a low-rank product inside the rounding, in units of the grid:
 
     u0 = phi(w / s0)                            once; w is gone. phi: 8-bit fixed point, or a cast (`store`)
     v  = clip(round(u0 + (alpha / r) B A))      w_hat = s v,     y = w_hat x
     with a zero (symmetric=False):              v = clip(round(u0 + (alpha / r) B A) + z),     w_hat = s (v - z)
 
-s0 is the step at the start and stays in u0; s begins as s0 and is trained by itself. With G = dL/dw_hat and M = 1 where the rounded place lies on the grid:
+s0 is the step at the start and stays in u0; s begins as s0 and is trained by itself. With G = dL/dw_hat and M = 1 where the rounded place lies on the
+grid:
 
-    dA = (alpha / r) B^T (s G M),     dB = (alpha / r) (s G M) A^T,     ds = sum G (v - z)     (no term of u, and no factor),     dz = - s sum G (1 - M)
+    dA = (alpha / r) B^T (s G M),     dB = (alpha / r) (s G M) A^T
+    ds = sum G (v - z), with no term of u and no factor,     dz = - s sum G (1 - M)
 
-B starts at zero, so the first step is round-to-nearest (of phi). The place, v and w_hat are computed again in the backward pass (layers/recomputed.py).
-At the end v are the codes: nothing is merged by rounding a second time, and inference knows of no adapter. With lr = 0 only the steps learn (PEQA).
-Steps start where the error to the fourth power is least (`MseSearch`), over 100 steps from the largest value down.
+B starts at zero, so the first step is round-to-nearest (of phi). The place, v and w_hat are computed again in the backward pass
+(layers/recomputed.py). At the end v are the codes: nothing is merged by rounding a second time, and inference knows of no adapter. With lr = 0 only
+the steps learn (PEQA). Steps start where the error to the fourth power is least (`MseSearch`), over 100 steps from the largest value down.
 
 Inputs (`input_bits`) have a fresh asymmetric step for each token. `cache_bits` does the same to keys and values, inside attention: W4A8KV4 is
 input_bits=8, cache_bits=4. Targets hold weights, and inputs where they say so; a cache in training is not part of any of them.
 
-Otherwise than the authors: the zero of an input is a whole number (theirs is not rounded, and no integer artefact holds it). Their low-rank layer has no
-zero and their fixed point asserts a signed grid, though the paper's rows of 2 bits are asymmetric; the formula above is what they mean. The step's rate is
-a share of each step's own size: their 1e-5 beside steps of about 0.01 is 1e-3. Their 10,000 steps of 32 x 1,024 tokens, with 1,000 of warm-up, are
-`steps` here and a tenth of them. Norms, embeddings and the head stay frozen and in full precision, as in their main setup.
+Otherwise than the authors: the zero of an input is a whole number (theirs is not rounded, and no integer artefact holds it). Their low-rank layer has
+no zero and their fixed point asserts a signed grid, though the paper's rows of 2 bits are asymmetric; the formula above is what they mean. The step's
+rate is a share of each step's own size: their 1e-5 beside steps of about 0.01 is 1e-3. Their 10,000 steps of 32 x 1,024 tokens are `steps`
+here, and 1,000 of warm-up a tenth of them. Norms, embeddings and the head stay frozen and in full precision, as in their main setup.
 
 Numbers of ours: docs/results.md#lowrank; memory: docs/performance.md.
 """
@@ -79,8 +81,9 @@ def lr_qat(model: nn.Module, task: Task, *, bits: int = 4, group: int | None = N
         QuantError: bits that LR-QAT, or the store, does not speak of.
     """
     weight = of_weight(bits, group, symmetric, power)
+    inputs, product = of_token(input_bits, "input_bits"), Lora(rank, alpha, "shift")
     rules = [*keep_full(Role.EMBEDDING, Role.HEAD, Role.CLASSIFIER),
-             Rule("*", weight=weight, input=of_token(input_bits, "input_bits"), adapter=Lora(rank, alpha, "shift"), frozen=Places(store), keep="recompute")]
+             Rule("*", weight=weight, input=inputs, adapter=product, frozen=Places(store), keep="recompute")]
     if cache := of_token(cache_bits, "cache_bits"):
         rules += [Rule(f"@attention:{signal}", signal=cache) for signal in ("key", "value")]
     Places(store).build(weight)                                   # refuses bits that it cannot hold
