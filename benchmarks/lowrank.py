@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "runs"), str(ROOT / "benchmarks")]
+sys.path += [str(ROOT / "src"), str(ROOT / "runs"), str(ROOT / "benchmarks")]
 MARK = "lowrank-memory"
 SIZES = {"small": {"width": 256, "depth": 4, "vocabulary": 2048, "rows": 4, "length": 128},
          "middle": {"width": 512, "depth": 8, "vocabulary": 4096, "rows": 8, "length": 256}}

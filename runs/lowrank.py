@@ -8,8 +8,8 @@
               QLoRA's order (rounded, then an adapter beside, merged and rounded again); QAT-LoRA (steps, and an adapter beside that stays);
               at 3 bits L4Q's other starts, with the share of weights that are cut at the end
 
-All trained rows see the same batches in the same order for the same seed, and the same number of steps. Rates (RATES) are the same for all that train the same thing; they
-were not searched.
+All trained rows see the same batches in the same order for the same seed, and the same number of steps. Rates (RATES) are the same for all rows that
+train the same thing; they were not searched.
 
     python runs/lowrank.py [--out docs/evidence/lowrank] [--scratch out/lowrank] [--seeds 3] [--steps 100] [--page docs/results.md]
 """
