@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "src"), str(ROOT / "runs"), str(ROOT / "benchmarks")]
 MARK = "lowrank-memory"
 SIZES = {"small": {"width": 256, "depth": 4, "vocabulary": 2048, "rows": 4, "length": 128},
-         "middle": {"width": 512, "depth": 8, "vocabulary": 4096, "rows": 8, "length": 256}}
+         "middle": {"width": 512, "depth": 4, "vocabulary": 4096, "rows": 4, "length": 256}}
 LARGE = {"width": 4096, "depth": 32, "vocabulary": 32000}         # Llama-2-7B; its mlp has 11,008
 ROWS = ("LoRA", "L4Q", "QAT-LoRA", "LoRA, r=32", "LR-QAT", "LSQ")
 CARD = 24e9

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowrank import IDS, llama, same, state, task
 from torch import nn
+from words import IDS, llama, same, state, task
 
 from qatlas.core.error import FormatError, QuantError
 from qatlas.core.grid import Uniform

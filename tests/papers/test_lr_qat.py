@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 import torch
-from lowrank import IDS, llama, same, state, task
 from torch import nn
+from words import IDS, llama, same, state, task
 
 from qatlas.core.error import FormatError, QuantError
 from qatlas.core.grid import Uniform

@@ -242,7 +242,7 @@ class Quantized(Layer):
         """
         if self.adapter is None:
             return
-        kept = [(home, home.copy()) for home in (self.__dict__, self._parameters, self._buffers, self._modules)]
+        kept: list[tuple[Any, Any]] = [(home, home.copy()) for home in (self.__dict__, self._parameters, self._buffers, self._modules)]
         tensor, before = self.weight, self.weight.clone()
         codes = None if self.weight_quantizer is None else self.quantize().codes
         if self.slots.frozen is not None and self.adapter.merges:
