@@ -103,7 +103,12 @@ CANCELS = "2 round(t n) / n - 1 leaves float noise where it is near 0. Compared 
 HEADS = "one scale for each head of each sample, which no part of a stored model can have; the released scripts never take it"
 HIDDEN = "what the mask hides gets -10000, in transformers the lowest number; the map is 0 there in both"
 
+MARGIN = "the range's end lies half a step beyond the last level; the largest value lands on it here, as in the paper's fourth power"
+FLOOR = "a step at its floor hears nothing (an ordinary clamp); ours hears on, so that it can leave"
+
 REFUSED = [
+    Refused("lrqat", lambda p, a: p.get("range_margin"), MARGIN),
+    Refused("lrqat", lambda p, a: "A" in a and bool((a["scale"] <= 1e-8).any()), FLOOR, lambda p, a: {"grad_scale": a["scale"] <= 1e-8}),
     Refused("paretoq", binary, SIGN, zeros),
     Refused("stableqat", binary, SIGN, zeros),
     Refused("stableqat", lambda p, a: p["w_bits"] == 1 and p["variant"] == "efficient", BINARY_STEP,

@@ -147,7 +147,8 @@ def weight_errors(model: nn.Module) -> dict[str, float]:
     found = {}
     for name, layer in quantized(model).items():
         if layer.weight_quantizer is not None:
-            off, whole = (layer.weight - layer.hard()).square().sum(), layer.weight.square().sum()
+            latent = layer.latent()
+            off, whole = (latent - layer.hard()).square().sum(), latent.square().sum()
             found[name] = float(off / whole.clamp(min=1e-30))
     return found
 

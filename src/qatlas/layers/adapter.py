@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 
 class Adapter(nn.Module):
-    """The four places, each of them empty by default."""
+    """The four places, each of them empty by default. merges: all it does is in the codes, so that nothing of it is left in a packed layer."""
+
+    merges: bool = False
 
     def inside(self, w: Tensor) -> Tensor:
         """(out, in) -> (out, in), before the transform and the quantizer."""
@@ -83,7 +85,7 @@ class _Lora(Adapter):
         super().__init__()
         if weight.dim() != 2:
             raise QuantError(f"Lora adapts matrices, not a weight of shape {tuple(weight.shape)}")
-        self.spec = spec
+        self.spec, self.merges = spec, spec.place in ("inside", "shift")
         self.a = nn.Parameter(torch.empty(spec.rank, weight.shape[1], device=weight.device))       # (rank, in)
         self.b = nn.Parameter(torch.zeros(weight.shape[0], spec.rank, device=weight.device))       # (out, rank)
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))

@@ -19,6 +19,7 @@ class QEmbedding(Quantized, nn.Embedding):
     """nn.Embedding with a quantized table (rows, width)."""
 
     replaces = nn.Embedding
+    bias = None
 
     def _set(self, slots, peak) -> None:  # type: ignore[no-untyped-def]
         if slots.input is not None or slots.transform is not None or slots.norm is not None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .packed import PackedLinear
 from .quantized import Quantized
+
+
+def pulled(layer: Any, g: Tensor, x: Tensor, w: Tensor, wanted: bool) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Of y = x w^T + b: dx = g w, dw = g^T x, db = sum g."""
+    rows, seen = g.flatten(0, -2), x.flatten(0, -2)               # (n, out), (n, in)
+    return (rows @ w).unflatten(0, x.shape[:-1]) if wanted else None, rows.T @ seen, None if layer.bias is None else rows.sum(0)
 
 
 class QLinear(Quantized, nn.Linear):
@@ -20,6 +28,7 @@ class QLinear(Quantized, nn.Linear):
     """
 
     replaces = nn.Linear
+    pulled = pulled
 
     def product(self, x: Tensor, w: Tensor) -> Tensor:
         return F.linear(x, w, self.bias_in(x))
@@ -32,9 +41,10 @@ class QTransposed(Quantized, Conv1D):
     """transformers' Conv1D with quantized numbers: the master is (in, out), its matrix (out, in)."""
 
     replaces = Conv1D
+    pulled = pulled
 
     def matrix(self) -> Tensor:
-        return self.weight.T
+        return self.master.T
 
     def unmatrix(self, w: Tensor) -> Tensor:
         return w.T

@@ -75,14 +75,14 @@ class Packed(Layer):
 
     @classmethod
     def of(cls, q: QTensor, bias: Tensor | None, layer: Quantized) -> Any:
-        """From the codes of a trained layer, sharing its quantizers, transform and adapter."""
-        packed = cls()
-        packed.slots = layer.slots
+        """From the codes of a trained layer, sharing its quantizers, transform and adapter (but one that is in the codes already)."""
+        packed, merged = cls(), layer.adapter is not None and layer.adapter.merges
+        packed.slots = layer.slots.but(frozen=None, adapter=None if merged else layer.slots.adapter)
         packed.store, packed.bias = Store(q), bias if bias is None else nn.Parameter(bias.detach().clone())
         for name in cls.conf:
             setattr(packed, name, getattr(layer, name))
         packed.input_quantizer, packed.output_quantizer = layer.input_quantizer, layer.output_quantizer
-        packed.transform, packed.adapter, packed.norm = layer.transform, layer.adapter, layer.norm
+        packed.transform, packed.adapter, packed.norm = layer.transform, None if merged else layer.adapter, layer.norm
         return packed.train(layer.training)
 
     @classmethod

@@ -12,7 +12,10 @@ The weight that enters the product is computed from the fp32 master, which stays
     buffer      quantized once per write of the weights: the forward returns a buffer that lives across steps, the backward pulls the gradient back
                 through the same closed form. A write is noticed by the version counters of the master, the scales and the adapter; whoever writes
                 through `.data` (which no counter sees) calls `refresh()`. Costs one copy of the weights. `fit` does so with what says "each"
-    recompute   nothing of the weight's size is saved for backward: a hook keeps a recipe instead of the quantized weight.
+    recompute   nothing of the weight's size is saved for backward but the stored weight itself; the rest is computed again (recomputed.py). A moving
+                scale moves in every forward and cannot be asked twice: such a layer goes on as "each"
+
+`frozen` says that the weight itself is not trained, and how it is stored (frozen.py): `weight` is then a buffer in the place of the fp32 master.
 
 A layer is made from an existing one with `of`, which shares its parameters, hooks and attributes: nothing is copied.
 """
@@ -33,7 +36,9 @@ from ..core.qtensor import QTensor
 from ..core.quantizer import Known, Quant, Quantizer
 from ..core.transform import Maps, Transform
 from .adapter import Adapter, AdapterSpec
+from .frozen import Frozen
 from .norm import Norm
+from .recomputed import product, typed
 from .rows import Rows, RowsQuantizer
 
 if TYPE_CHECKING:
@@ -44,8 +49,8 @@ KEEP = ("each", "buffer", "recompute")
 
 @dataclass(frozen=True)
 class Slots(Noun):
-    """What is said about one layer: its Quants, transform, adapter, how the quantized weight is kept, the norm in front. None is full precision, or
-    nothing."""
+    """What is said about one layer: its Quants, transform, adapter, how the quantized weight is kept, the norm in front, how a frozen weight is
+    stored. None is full precision, or nothing."""
 
     weight: Quant | Rows | None = None
     input: Quant | None = None
@@ -54,6 +59,7 @@ class Slots(Noun):
     adapter: AdapterSpec | None = None
     keep: str = "each"
     norm: Norm | None = None
+    frozen: Frozen | None = None
 
     def __post_init__(self) -> None:
         if self.keep not in KEEP:
@@ -92,7 +98,7 @@ class Layer(nn.Module):
 
 
 class Quantized(Layer):
-    """A trainable layer: `weight` is the fp32 master."""
+    """A trainable layer: `weight` is the fp32 master, or what is stored of a frozen one."""
 
     replaces: ClassVar[type[nn.Module]]
     weight: Any                                                   # nn.Parameter; the torch class behind it declares it
@@ -115,7 +121,7 @@ class Quantized(Layer):
 
     def _set(self, slots: Slots, peak: Tensor | None) -> None:
         self.slots, self._known, self._stamp = slots, None, None
-        if self.weight.dtype != torch.float64:
+        if self.weight.dtype != torch.float64 and slots.frozen is None:
             self.weight.data = self.weight.data.float()            # masters are fp32: a bf16 master does not move at learning rate 1e-5
         if slots.transform is not None and self.matrix().dim() != 2:
             raise QuantError(f"a transform acts on linear layers only, not on {type(self).__name__}")
@@ -127,12 +133,34 @@ class Quantized(Layer):
         for name in ("weight", "input", "output"):
             quant = getattr(slots, name)
             setattr(self, f"{name}_quantizer", None if quant is None else quant.build())
-        if self.weight_quantizer is not None:
+        if slots.frozen is not None:
+            self.weight_quantizer = None if slots.weight is None else slots.frozen.build(slots.weight)
+            slots.frozen.freeze(self)
+        elif self.weight_quantizer is not None:
             self.weight_quantizer.initialise(self.source().detach())
+
+    @property
+    def master(self) -> Tensor:
+        """The weight as numbers, in its own layout: the master itself, or what a frozen store reads (places on the grid, for `Places`)."""
+        return self.weight if self.slots.frozen is None or "weight" in self._parameters else self.slots.frozen.read(self.weight)
+
+    def hold(self, stored: Tensor) -> None:
+        """Put a frozen store, (out, ...) layout, in the place of the weight."""
+        for tensors in (self._parameters, self._buffers):
+            tensors.pop("weight", None)
+        self.register_buffer("weight", self.unmatrix(stored).contiguous())
+        self.refresh()
+
+    def thaw(self, w: Tensor) -> None:
+        """Put an fp32 master, (out, ...) layout, in the place of a frozen store."""
+        self._buffers.pop("weight", None)
+        self.slots = self.slots.but(frozen=None)
+        self.weight = nn.Parameter(self.unmatrix(w).detach().clone(memory_format=torch.contiguous_format))
+        self.refresh()
 
     def matrix(self) -> Tensor:
         """The master in (out, ...) layout."""
-        return self.weight
+        return self.master
 
     def unmatrix(self, w: Tensor) -> Tensor:
         """(out, ...) layout -> the master's own."""
@@ -153,14 +181,18 @@ class Quantized(Layer):
         return w if self.adapter is None else self.adapter.after(w)
 
     def multiply(self, q: Tensor) -> Tensor:
-        w = self.computed()
-        w = w.to(q.dtype) if q.is_floating_point() else w          # a model in bf16 computes in bf16, from fp32 masters
-        if self.keep != "recompute" or not torch.is_grad_enabled():
-            return self.product(q, w)
-        if torch.is_autocast_enabled(q.device.type):
-            w = w.to(torch.get_autocast_dtype(q.device.type))      # else autocast would save a copy that the hook does not know
-        with self._unsaved(w):
-            return self.product(q, w)
+        numbers = () if self.weight_quantizer is None else self.weight_quantizer.modules()
+        moving = any(isinstance(q, Quantizer) and q.quant.scale.keeps == "buffer" for q in numbers)
+        if self.keep == "recompute" and torch.is_grad_enabled() and not moving:
+            return product(self, q)
+        return self.product(q, typed(self.computed(), q))         # a model in bf16 computes in bf16, from fp32 masters
+
+    def pulled(self, g: Tensor, x: Tensor, w: Tensor, wanted: bool) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """The gradients of a product y of x and w, from that of y: of x where it is wanted, w, and the bias where there is one."""
+        x, w = x.detach().requires_grad_(wanted), w.detach().requires_grad_()
+        parts = [*((x,) if wanted else ()), w, *(() if self.bias is None else (self.bias,))]
+        grads = dict(zip(map(id, parts), torch.autograd.grad(self.product(x, w), parts, g, allow_unused=True), strict=True))
+        return grads.get(id(x)), grads[id(w)], grads.get(id(self.bias))
 
     @property
     def keep(self) -> str:
@@ -185,6 +217,11 @@ class Quantized(Layer):
             return self.unmatrix(w if self.adapter is None else self.adapter.after(w))
 
     @torch.no_grad()
+    def latent(self) -> Tensor:
+        """The weight itself before quantizer and adapter, as `hard`: the master, or what a frozen store stands for."""
+        return self.weight.detach() if self.slots.frozen is None else self.unmatrix(self.slots.frozen.latent(self))
+
+    @torch.no_grad()
     def quantize(self) -> QTensor:
         """The codes of the weight as the quantizer sees it, (out, ...) layout."""
         if self.weight_quantizer is None:
@@ -205,14 +242,20 @@ class Quantized(Layer):
         """
         if self.adapter is None:
             return
-        adapter, slots, master = self.adapter, self.slots, self.weight.clone()
+        kept: list[tuple[Any, Any]] = [(home, home.copy()) for home in (self.__dict__, self._parameters, self._buffers, self._modules)]
+        tensor, before = self.weight, self.weight.clone()
         codes = None if self.weight_quantizer is None else self.quantize().codes
-        self.weight.copy_(self.unmatrix(adapter.merged(self.matrix(), self)))
-        self.adapter, self.slots = None, slots.but(adapter=None)
+        if self.slots.frozen is not None and self.adapter.merges:
+            self.slots.frozen.merge(self)
+        else:
+            self.weight.copy_(self.unmatrix(self.adapter.merged(self.matrix(), self)))
+        self.adapter, self.slots = None, self.slots.but(adapter=None)
         self.refresh()
         if codes is not None and not torch.equal(self.quantize().codes, codes):
-            self.weight.copy_(master)
-            self.adapter, self.slots = adapter, slots
+            for home, was in kept:
+                home.clear()
+                home.update(was)
+            tensor.copy_(before)
             self.refresh()
             raise QuantError("merging would move codes: the adapter is in the grid, and the scale is measured anew from the merged weight; "
                              "train with a Learned scale, or pack the layer as it is")
@@ -229,25 +272,6 @@ class Quantized(Layer):
                 fresh = fresh._replace(value=old.copy_(fresh.value))
             self._known, self._stamp = fresh, stamp
         return self._known
-
-    @contextlib.contextmanager
-    def _unsaved(self, w: Tensor) -> Iterator[None]:
-        """Inside, whatever autograd would save of w's memory is saved as a recipe."""
-        home, version = w.untyped_storage().data_ptr(), self.weight._version
-
-        def save(t: Tensor) -> Any:
-            return (t.size(), t.stride(), t.storage_offset()) if t.untyped_storage().data_ptr() == home else t
-
-        def restore(saved: Any) -> Tensor:
-            if isinstance(saved, Tensor):
-                return saved
-            if self.weight._version != version:
-                raise RuntimeError("a weight kept by recompute was written between forward and backward")
-            with torch.no_grad():
-                return self.computed().to(w.dtype).as_strided(*saved)
-
-        with torch.autograd.graph.saved_tensors_hooks(save, restore):
-            yield
 
     def bias_in(self, x: Tensor) -> Tensor | None:
         """The bias, in the type of x."""

@@ -34,6 +34,7 @@ from ..layers.attention import QUANTIZED, attends
 from ..layers.conv import QConv1d, QConv2d
 from ..layers.embedding import QEmbedding
 from ..layers.experts import QStack
+from ..layers.frozen import Frozen
 from ..layers.linear import QLinear, QTransposed
 from ..layers.norm import Norm
 from ..layers.packed import Packed
@@ -70,6 +71,7 @@ class Rule(Noun):
     adapter: AdapterSpec | Unset | None = UNSET
     keep: str | Unset = UNSET
     norm: Norm | Unset | None = UNSET
+    frozen: Frozen | Unset | None = UNSET
     signal: Quant | Unset | None = UNSET
     optional: bool = False
 
@@ -114,7 +116,7 @@ class Rule(Noun):
 def keep_full(*where: str) -> list[Rule]:
     """Rules that leave these roles or globs in full precision. A role may be absent from a model; a glob may not."""
     return [Rule(each, weight=None) if fused.parse(str(each))[1] else
-            Rule(each, weight=None, input=None, output=None, transform=None, adapter=None, norm=None, optional=str(each).startswith("@"))
+            Rule(each, weight=None, input=None, output=None, transform=None, adapter=None, norm=None, frozen=None, optional=str(each)[:1] == "@")
             for each in where]
 
 
@@ -279,6 +281,8 @@ def _check_tied(model: nn.Module, plan: dict[str, Slots]) -> None:
         if len(said) > 1:                                         # one quantizer serves them all, so they must show it the same tensor
             raise RuleError(f"{' and '.join(names)} share one weight but the rules give them different numbers; "
                             "give both the same Quant, transform and adapter, or untie them")
+        if len(names) > 1 and any(slots.frozen is not None for slots in all_said):
+            raise RuleError(f"{' and '.join(names)} share one weight, which cannot be frozen for each by itself; untie them, or keep them full")
 
 
 def _replace(model: nn.Module, plan: dict[str, Slots], peak: dict[str, Tensor]) -> None:

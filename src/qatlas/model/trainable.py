@@ -94,12 +94,16 @@ def _empty(module: nn.Module, meta: dict[str, Any]) -> Any:
     layer = kind.of(module, Slots(keep=slots.keep, norm=slots.norm))      # nothing that would look at values: the model may be on the meta device
     with torch.device("cpu"):
         for slot, said in meta["quantizers"].items():
-            quantizer = from_json(said["quant"]).build()
+            quant = from_json(said["quant"])
+            quantizer = slots.frozen.build(quant) if slot == "weight" and slots.frozen is not None else quant.build()
             quantizer.load_state_dict({key: torch.ones(shape) for key, shape in said["state"].items()})
             setattr(layer, f"{slot}_quantizer", quantizer)
         if slots.transform is not None or slots.adapter is not None:
             like = torch.ones(tuple(layer.matrix().shape))
             layer.transform = slots.transform.build(like, like[0]) if slots.transform is not None else None
             layer.adapter = slots.adapter.build(like) if slots.adapter is not None else None
+    if slots.frozen is not None:
+        w = layer.matrix().detach()
+        layer.hold(torch.empty(w.shape, dtype=slots.frozen.dtype(w.dtype), device=w.device))
     layer.slots = slots
     return layer

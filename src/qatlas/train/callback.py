@@ -120,7 +120,7 @@ def check(args: Any, model: nn.Module) -> None:
     if waiting:
         raise QuantError(f"{len(waiting)} quantizers wait for calibration, first {waiting[0]}: their scales must exist before the optimizer does. "
                          'Call qatlas.train.calibrate.calibrate_on(model, batches) before the Trainer is made, or take dynamic activations ("w4a8")')
-    masters = {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, Quantized)}
+    masters = {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, Quantized) and m.slots.frozen is None}
     scales = {f"{name}.scale": q.scale for name, q in quantizers(model).items() if q.scale is not None}
     narrow = [(name, t.dtype) for name, t in (masters | scales).items() if t.dtype not in WIDE]
     if narrow:

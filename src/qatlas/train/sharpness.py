@@ -91,6 +91,8 @@ def hardened(model: nn.Module) -> Iterator[None]:
     for name, module in model.named_modules():
         if isinstance(module, Packed):
             raise QuantError(f"{name} is packed: it has codes and no weight to differentiate; take the model as it was before packing")
+        if isinstance(module, Quantized) and module.slots.frozen is not None:
+            raise QuantError(f"{name} is frozen ({module.slots.frozen}): it has no master to differentiate")
         if isinstance(module, Quantized) and module.adapter is not None:
             raise QuantError(f"{name} has an adapter, so its weight is a sum of parts; merge it first (layer.merge())")
     layers = [layer for layer in quantized(model).values() if layer.weight_quantizer is not None]
