@@ -2,7 +2,8 @@
 
 `Store` holds one QTensor inside a module: packed codes (uint8 buffers), the scale (an fp32 Parameter, so that scales can be trained on a packed
 model) or, for two-level scales, another Store, and zero or offset, which may be a Store too. A packed layer dequantizes and multiplies: correct
-before fast. Its `to_meta` says in JSON all that its tensors do not, and `from_meta` builds the same layer empty, to be filled by load_state_dict.
+before fast. Where there is a graph it is dequantized once more in the backward, so that nothing of a weight's size waits for it: training steps on
+a packed model needs memory for codes and activations. Its `to_meta` says in JSON all that its tensors do not, and `from_meta` builds the same layer empty, to be filled by load_state_dict.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..core.noun import from_json
 from ..core.qtensor import QTensor, pack_bits, straight, unpack_bits
@@ -119,6 +121,18 @@ class Packed(Layer):
     def computed(self) -> Tensor:
         w = self.store.qtensor().dequantize()
         return w if self.adapter is None else self.adapter.after(w)
+
+    def multiply(self, q: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().multiply(q)
+        return checkpoint(super().multiply, q, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+
+    def hard(self) -> Tensor:
+        """The weight that the layer computes with, (out, ...), in the original space, without a graph."""
+        with torch.no_grad():
+            w = self.store.qtensor().dequantize()
+            w = w if self.transform is None else self.transform.back(w)
+            return w if self.adapter is None else self.adapter.after(w)
 
     def to_meta(self) -> dict[str, Any]:
         """All but the tensors, as JSON."""
