@@ -67,7 +67,7 @@ def test_blocks_of_two_kinds_are_recorded_twice_and_no_more():
     walk = Walk(gemma(), Given(IDS), 2)
     assert walk._kinds == [0, 1, 0, 1] and len(walk._rest) == 2
     assert Walk(llama(), Given(IDS), 2)._kinds == [0, 0]
-    one, two, three = Walk(llama(), Given(IDS), 3)._rest[0]
+    one, _, three = Walk(llama(), Given(IDS), 3)._rest[0]
     assert one.kwargs["position_embeddings"][0] is three.kwargs["position_embeddings"][0], "what is equal is kept once"
 
 

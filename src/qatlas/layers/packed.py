@@ -3,7 +3,8 @@
 `Store` holds one QTensor inside a module: packed codes (uint8 buffers), the scale (an fp32 Parameter, so that scales can be trained on a packed
 model) or, for two-level scales, another Store, and zero or offset, which may be a Store too. A packed layer dequantizes and multiplies: correct
 before fast. Where there is a graph it is dequantized once more in the backward, so that nothing of a weight's size waits for it: training steps on
-a packed model needs memory for codes and activations. Its `to_meta` says in JSON all that its tensors do not, and `from_meta` builds the same layer empty, to be filled by load_state_dict.
+a packed model needs memory for codes and activations. Its `to_meta` says in JSON all that its tensors do not, and `from_meta` builds the same layer
+empty, to be filled by load_state_dict.
 """
 
 from __future__ import annotations

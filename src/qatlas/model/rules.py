@@ -150,7 +150,7 @@ def quantize(model: nn.Module, rules: str | Sequence[Rule], task: Any = None, ta
 
 @dataclass
 class Decision:
-    """What `quantize` is about to do: layer -> Slots, attention module -> signal -> Quant, and the rules behind it. Everything that can be refused has
+    """What `quantize` is about to do: layer -> Slots, attention module -> signal -> Quant, layer -> its inputs' peaks. All that can be refused has
     been; nothing is replaced yet. `carry_out` replaces all layers, or those below one module: block by block, a model need never be whole in fp32."""
 
     layers: dict[str, Slots]

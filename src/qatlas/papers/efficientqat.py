@@ -5,8 +5,8 @@ quantizer, both phases, packing and recipe were checked in it.
 
 Training a whole language model under quantizers is dear. Two cheap phases take its place. *Block-AP*: one transformer block at a time, all of it
 (weights, steps, zero points, gains of the norms) is trained to give what the block gave in full precision, from what the quantized blocks before it
-give. *E2E-QP*: weights become integer codes and stay so; only the steps are trained, on the loss of the task, through the whole model. What is held in
-memory is one block, then codes.
+give. *E2E-QP*: weights become integer codes and stay so; only the steps are trained, on the loss of the task, through the whole model. In memory
+are one block, then codes.
 
     w_hat = s (q - z),   q = clip(round(w / s) + z, 0, 2^b - 1)            s, z for each group of inputs, z rounded and kept in 0 .. 2^b - 1
     dw = g inside, 0 outside                                               inside: where round(w / s) + z is a code
@@ -16,8 +16,8 @@ memory is one block, then codes.
     E2E-QP      ds = sum g (q - z)                                         exact: nothing is rounded any more
 
 Start: the range of the group, s = (max - min) / (2^b - 1) with a floor of 1e-4, z = round(-min / s). AdamW without decay, a cosine in both phases:
-Block-AP falls to a twentieth, its gradients are not cut; E2E-QP warms up for 3 % of its steps and cuts the norm at 0.3. Embeddings, last norm and head
-stay in full precision and untrained. A packed layer dequantizes on the way (layers/packed.py) and its steps are parameters, so phase two is `fit`.
+Block-AP falls to a twentieth, its gradients are not cut; E2E-QP warms up for 3 % of its steps and cuts the norm at 0.3. Embeddings, last norm and
+head stay in full precision and untrained. A packed layer dequantizes on the way (layers/packed.py) and its steps are parameters: phase two is `fit`.
 
 Otherwise than the authors:
 - The range of a group holds 0: a group of equal weights is destroyed by theirs, since its zero point lies far outside of the codes.
@@ -69,7 +69,7 @@ def efficientqat(model: nn.Module, task: Task, *, bits: int = 2, group: int | No
         zero: integer (a learned zero point), offset (a learned offset in values) or none (a grid around zero).
         batches: of the task, its first, which go through the blocks; the paper has 2048 of 2 samples.
         block_steps: optimizer steps of each block; None is as many as of the second phase, 0 leaves the first phase out.
-        block_lr: peak learning rate of a block's weights and norms; None is the paper's, 2e-5 at 2 bits and 1e-5 above; 0 trains steps and zeros only.
+        block_lr: peak learning rate of a block's weights and norms; None is the paper's, 2e-5 at 2 bits, 1e-5 above; 0 trains steps and zeros only.
         block_scale_lr: peak learning rate of a block's steps and zeros.
         lr: peak learning rate of the steps end to end; None is the paper's, 2e-5 at 2 bits and 1e-5 above.
         steps: optimizer steps end to end; 0 leaves the second phase out.

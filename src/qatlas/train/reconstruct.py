@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +94,9 @@ def reconstruct(model: nn.Module, task: Task, *, rules: str | Sequence[Rule] | N
         as `fit`.
     """
     decision = None if rules is None else _decided(model, rules, task)
-    walk = Walk(model, task, batches, within=within, directory=streams) if decision is None else _outside(model, decision, task, batches, within, streams)
+    if decision is not None:
+        _outside(model, decision, task, within)
+    walk = Walk(model, task, batches, within=within, directory=streams)
     histories = []
     for i, name in enumerate(walk.names):
         walk.fork()
@@ -129,13 +130,12 @@ def _decided(model: nn.Module, rules: str | Sequence[Rule], task: Task) -> Decis
     return decision
 
 
-def _outside(model: nn.Module, decision: Decision, task: Task, batches: int, within: str, streams: Path | str | None) -> Walk:
-    """Quantize what lies outside of the blocks; then the walk."""
+def _outside(model: nn.Module, decision: Decision, task: Task, within: str) -> None:
+    """Quantize what lies outside of the blocks."""
     doors = tuple(f"{name}." for name, _ in blocks(model, within))
     decision.carry_out(model, lambda layer: not layer.startswith(doors))
     if pending(model):
         task.calibrate(model)
-    return Walk(model, task, batches, within=within, directory=streams)
 
 
 def _calibrate(walk: Walk, i: int) -> None:

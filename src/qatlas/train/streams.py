@@ -4,9 +4,9 @@
     for i, name in enumerate(walk.names):
         walk.push(i, walk.full)                the stream goes through block i as it is now: full precision, or quantized
 
-A *stream* is one tensor for each batch, (rows, tokens, width) or (rows, channels, height, width), in the type that the model gave it; in memory, or one
-file a batch in a directory. `full` is what enters a block of the full-precision model, `quantized` what enters it behind quantized blocks. They are one
-until a quantizer has run. Nothing else of the activations is kept, so what a walk needs does not grow with the number of blocks.
+A *stream* is one tensor for each batch, (rows, tokens, width) or (rows, channels, height, width), in the type that the model gave it; in memory, or
+one file a batch in a directory. `full` is what enters a block of the full-precision model, `quantized` what enters it behind quantized blocks. They
+are one until a quantizer has run. Nothing else of the activations is kept, so what a walk needs does not grow with the number of blocks.
 
 What else a block is given (masks, positions) is what the model's own forward gave it. It is recorded for the first block, and again only for a block
 that gets something else than an earlier one (Gemma's windows and whole attention take turns); what is equal in two batches is kept once. Caches are
@@ -38,8 +38,8 @@ class Stream:
     """Tensors by number, one a batch; in memory (directory None), or a file each."""
 
     def __init__(self, directory: Path | None, name: str) -> None:
-        self.directory, self.name, self._held = directory, name, {}
-        self._held: dict[int, Tensor]
+        self.directory, self.name = directory, name
+        self._held: dict[int, Tensor] = {}
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
 
@@ -70,7 +70,8 @@ class Walk:
     """The blocks of a model and the streams at the door of the next one.
 
     names: of the blocks, in order. batches: how many batches of the task, its first. rows: how many each batch has. masks: of each batch,
-    (rows, tokens), True where a position counts, or None. full, quantized: the streams. within: see `model.blocks.blocks`. directory: where streams lie; None is memory.
+    (rows, tokens), True where a position counts, or None. full, quantized: the streams. within: see `model.blocks.blocks`. directory: where streams
+    lie; None is memory.
 
     Raises:
         QuantError: no repeated blocks, or blocks that do not stand one behind the other.
@@ -84,10 +85,10 @@ class Walk:
         _own_weights(model, self.names)
         self.device = Accelerator().device
         self.full = Stream(None if directory is None else Path(directory), "full")
-        self.quantized, self.rows, self.masks, self._rest = self.full, [], [], {}
-        self.rows: list[int]
-        self.masks: list[Tensor | None]
-        self._rest: dict[int, list[Call]]                         # kind -> what a block of this kind is given besides the stream, by batch
+        self.quantized = self.full
+        self.rows: list[int] = []
+        self.masks: list[Tensor | None] = []
+        self._rest: dict[int, list[Call]] = {}                    # kind -> what a block of this kind is given besides the stream, by batch
         with judged(model), _uncached(model):
             self._kinds = self._look()
             self._record()
@@ -205,7 +206,7 @@ def _own_weights(model: nn.Module, names: list[str]) -> None:
 @contextlib.contextmanager
 def _uncached(model: Any) -> Iterator[None]:
     """No key/value cache inside."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)
     if before:
         config.use_cache = False
