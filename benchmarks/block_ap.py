@@ -1,6 +1,6 @@
 """What block-by-block training needs in memory, and that it does not grow with the number of blocks.
 
-    python benchmarks/block_ap.py [--json memory.json] [--depths 4 8 16] [--width 512] [--steps 4] [--batches 8] [--disk] [--page docs/performance.md]
+    python benchmarks/block_ap.py [--json memory.json] [--depths 4 8 16] [--width 512] [--steps 4] [--batches 8] [--disk] [--page FILE]
 
 A Llama of so many blocks lies in a safetensors file in bf16 and is loaded as a memory map: what is only read stays pages of the file, which the system
 may drop. Each depth is measured in a fresh process. Counted is *private* memory (RssAnon of /proc/self/status, sampled every 2 ms): what the process
@@ -9,7 +9,9 @@ has written, and cannot be dropped. From the highest value seen during `reconstr
     before       what there was when the model had been loaded
     codes        the finished model: packed codes, steps and zeros of all blocks, which is what the work leaves behind
 
-What remains is what the work itself needs: one block in fp32 with gradients and moments, two streams, and torch's working memory. "whole" is the same
+What remains is what the work itself needs: one block in fp32 with gradients and moments, two streams, and torch's working memory. glibc is told to
+give freed tensors back (MALLOC_MMAP_THRESHOLD_): with its defaults blocks as small as these leave holes in the heap, some megabytes a block, which
+tensors of more than 32 MiB, as real blocks have, do not. "whole" is the same
 model under plain fp32 fine-tuning (masters, gradients, two moments: 16 bytes a weight), computed, not measured.
 """
 
@@ -29,6 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "runs")]
 MARK, ROWS, LENGTH, VOCABULARY = "block-ap", 2, 256, 1024
+STEADY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 
 
 def private() -> int:
@@ -153,7 +156,7 @@ def main() -> None:
             write(file, given.width, depth)
             command = [sys.executable, __file__, "--one", str(file), "--depths", str(depth), "--width", str(given.width), "--steps",
                        str(given.steps), "--batches", str(given.batches), *(["--disk"] if given.disk else [])]
-            told = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"MALLOC_ARENA_MAX": "1"})
+            told = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | STEADY)
             found.append(json.loads(told.stdout.splitlines()[-1]))
             file.unlink()
             print(found[-1], flush=True)
