@@ -1,10 +1,10 @@
 """What block-by-block training needs in memory, and that it does not grow with the number of blocks.
 
-    python benchmarks/block_ap.py [--json memory.json] [--depths 4 8 16] [--width 512] [--steps 4] [--batches 8] [--disk] [--page FILE]
+    python benchmarks/block_ap.py [--json FILE] [--depths 4 8 16] [--width 512] [--steps 4] [--batches 8] [--disk] [--page FILE]
 
-A Llama of so many blocks lies in a safetensors file in bf16 and is loaded as a memory map: what is only read stays pages of the file, which the system
-may drop. Each depth is measured in a fresh process. Counted is *private* memory (RssAnon of /proc/self/status, sampled every 2 ms): what the process
-has written, and cannot be dropped. From the highest value seen during `reconstruct` is taken off
+A Llama of so many blocks lies in a safetensors file in bf16 and is loaded as a memory map: what is only read stays pages of the file, which the
+system may drop. Each depth is measured in a fresh process. Counted is *private* memory (RssAnon of /proc/self/status, sampled every 2 ms): what the
+process has written, and cannot be dropped. From the highest value seen during `reconstruct` is taken off
 
     before       what there was when the model had been loaded
     codes        the finished model: packed codes, steps and zeros of all blocks, which is what the work leaves behind

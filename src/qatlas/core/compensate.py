@@ -1,13 +1,13 @@
 """Error compensation: round a weight column by column, and let the columns that are left take up what rounding did to the output.
 
 Elias Frantar et al., "GPTQ", ICLR 2023, arXiv 2210.17323, after Optimal Brain Surgeon. With inputs x and H = 2/n sum x x^T, an error e of the
-weight costs e H e^T of the layer's output. Whoever rounds column j by w_j - q_j can make good some of it in the columns behind:
+weight costs e H e^T of the layer's output. Some of what rounding column j costs can be made good in the columns behind it:
 
     U = upper Cholesky factor of (H + damp mean(diag H) I)^-1
     e = (w_j - q_j) / U_jj,     w_k <- w_k - e U_jk   for k > j
 
-`hessian` gathers H, `factor` gives U, `compensate` does the rounding with any `snap`, elementwise or not. What comes back is the weight as it was when
-its turn came, whose rounding is the result: a quantizer with the same places gives the same codes. With H a multiple of I nothing is moved.
+`Hessian` gathers H, `factor` gives U, `compensate` does the rounding with any `snap`, elementwise or not. What comes back is the weight as it was
+when its turn came, whose rounding is the result: a quantizer with the same places gives the same codes. With H a multiple of I nothing is moved.
 
 w^2 / U_jj^2 is what rounding w to zero would cost, columns before it being fixed: the saliency of SparseGPT and PB-LLM.
 """

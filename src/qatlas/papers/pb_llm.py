@@ -22,7 +22,8 @@ weights that are not salient, in each row and group, q = M ? 8 bits : mu + a sig
 
 a is the least-squares step of the row on its signs, d/da |w - a sign(w)|^2 = 0. AdamW without decay at 1e-4, 5 % of warm-up, a cosine, the labels'
 cross entropy; norms, embeddings and head stay as they were. What is stored: the mask in bits, 8 bits for each salient weight, one for each other:
-1 + 8 r + (1 - r) bits a weight, 2.7 at 10 %. No format of others holds that, and each refuses it; the packed directory does.
+1 + 8 r + (1 - r) bits a weight, 2.7 at 10 %. No format of others holds that, and each refuses it; the packed directory does, and gguf:f32 takes the
+plain values.
 
 Otherwise than the authors (`published=True` takes what they do at the first two):
 - mu and a count the weights that are not salient; theirs without training divides by all columns, salient ones counted as zeros.
@@ -93,7 +94,7 @@ class Partial(Quant):
     @property
     def several(self) -> str:
         return ("salient weights in 8 bits stand among signs, chosen one by one by a mask, and no block or layer of this format has a place for two "
-                "kinds of codes; the packed directory holds it: train without a target")
+                "kinds of codes; train without a target: the packed directory holds it, and gguf:f32 its plain values")
 
     def build(self) -> Partly:
         return Partly(self)
