@@ -88,7 +88,9 @@ def main() -> None:
         for name, arguments in rows(given.steps).items():
             found.setdefault(name, []).append(one(place, name, arguments, seed, given.lr, out))
     lines = ["| | bits a weight | perplexity |", "|---|---|---|"]
-    lines += [f"| {name} | {runs[0]['bits'] - (not runs[0]['salient']):.2f} | {told([kept['perplexity'] for kept in runs])} |" for name, runs in found.items()]
+    for name, runs in found.items():
+        bits = runs[0]["bits"] - (not runs[0]["salient"])         # where nothing is salient no mask is needed
+        lines.append(f"| {name} | {bits:.2f} | {told([kept['perplexity'] for kept in runs])} |")
     text = "\n".join(lines) + "\n"
     print(text)
     if given.page:
