@@ -100,6 +100,12 @@ LIKE = ("the first constraint of a block holds a convolution's bare output, cut 
         "ours holds like against like")
 CANCELS = "2 round(t n) / n - 1 leaves float noise where it is near 0. Compared to 1e-6"
 
+WASTED = "3 bits: ten codes in a word of 32 bits and two bits wasted, which no reader of GPTQ's 3-bit files takes; ours are a dense stream"
+FROZEN = "its salient weights are trained; frozen in 8 bits is the method"
+BESIDE = "a binarizer of another paper, which stands beside the method for comparison"
+SCRIPT = "an alternative of the script that the paper does not use"
+NOUGHT = "a row of zeros has a step of 0, which no format can divide by; ours is the smallest number"
+
 HEADS = "one scale for each head of each sample, which no part of a stored model can have; the released scripts never take it"
 HIDDEN = "what the mask hides gets -10000, in transformers the lowest number; the map is 0 there in both"
 
@@ -153,6 +159,13 @@ REFUSED = [
     Refused("quest", has("cls", "TrustQuantizer"), UP, level),
     Refused("quest", has("cls", "STEQuantizer"), UP, level),
     Refused("quest", has("cls", "ClipQuantizer"), UP, level),
+    Refused("efficientqat", lambda p, a: p["kind"] == "pack" and p["bits"] == 3, WASTED),
+    Refused("pbllm", has("kind", "trainout"), FROZEN),
+    Refused("pbllm", has("kind", "BinaryLinear"), BESIDE),
+    Refused("pbllm", has("kind", "BiRealLinear"), BESIDE),
+    Refused("pbllm", lambda p, a: p["kind"] in ("low_sign", "low_rtn"), SCRIPT),
+    Refused("pbllm", lambda p, a: p["kind"] in ("except", "except_pos"), SIGN, lambda p, a: a["w_8bit"] == 0),
+    Refused("pbllm", has("kind", "low_xnor"), NOUGHT, zeros),
     Refused("pbllm", lambda p, a: bool(p.get("sym")), HALF, lambda p, a: ((a["w"].amin(1) >= 0) | (a["w"].amax(1) <= 0))[:, None].expand_as(a["w"])),
     Refused("compressed_tensors", lambda p, a: p.get("symmetric") is False, EMPTY, zeros),
     Refused("compressed_tensors", has("kind", "fp4"), NEGATIVE, lambda p, a: {

@@ -28,7 +28,7 @@ from qatlas.core.scheme import scheme, weight
 from qatlas.layers.adapter import AdapterSpec
 from qatlas.layers.linear import QLinear
 from qatlas.layers.packed import Packed
-from qatlas.layers.quantized import KEEP, Quantized, Slots
+from qatlas.layers.quantized import KEEP, Layer, Quantized, Slots
 from qatlas.model.graph import graph
 from qatlas.model.pack import checkpoint, load_packed, pack, save
 from qatlas.model.roles import Role
@@ -157,6 +157,9 @@ def test_law_8_a_packed_product_is_dequantize_then_matmul(bits: float) -> None:
 
 # ---- law 9: every paper runs three steps on a small model: finite, resumable, exports --------------------------------------------------------------
 
+UNHELD = {"pb_llm"}                                               # two kinds of codes in one tensor: every format refuses it
+
+
 @pytest.mark.parametrize("name", papers.names())
 def test_law_9_every_paper_runs_resumes_and_exports(name: str, tmp_path: Path) -> None:
     paper = papers.paper(name)
@@ -175,10 +178,11 @@ def test_law_9_every_paper_runs_resumes_and_exports(name: str, tmp_path: Path) -
     def trained(out: Path, resume: bool = False, at: int = 99) -> nn.Module:
         run = Run(out, resume=resume, save_every=1, progress=False)
         run.tactics = (Stop(at),)
-        return paper(llama(256), task(target="gguf:q4_0", run=run), steps=3, **FOR_Q4_0.get(name, {}))
+        target = None if name in UNHELD else "gguf:q4_0"
+        return paper(llama(256), task(target=target, run=run), steps=3, **FOR_Q4_0.get(name, {}))
 
     model = trained(tmp_path / "whole")
-    assert all(p.isfinite().all() for p in model.parameters()) and any(isinstance(m, Quantized) for m in model.modules())
+    assert all(p.isfinite().all() for p in model.parameters()) and any(isinstance(m, Layer) for m in model.modules())
     points = sorted((tmp_path / "whole/state").rglob("*"))
     assert points, "a run leaves resume points until it is finished"
     with pytest.raises(KeyboardInterrupt):
@@ -187,6 +191,12 @@ def test_law_9_every_paper_runs_resumes_and_exports(name: str, tmp_path: Path) -
         again = trained(tmp_path / out, resume=True)
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)), out
     module, kind = export.target("gguf:q4_0")
+    if name in UNHELD:
+        with pytest.raises(FormatError, match="model.layers.0.self_attn.q_proj"):
+            paper(llama(256), task(target="gguf:q4_0"), steps=3)
+        with pytest.raises(FormatError, match="made of several parts"):
+            module.write(checkpoint(model), tmp_path / "model.gguf", kind)
+        return
     file = module.write(checkpoint(model), tmp_path / "model.gguf", kind)
     assert torch.equal(module.read(file)["model.layers.0.mlp.down_proj.weight"], model.model.layers[0].mlp.down_proj.hard())
 

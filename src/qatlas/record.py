@@ -105,7 +105,8 @@ class Record:
 
 
 class Watch(Tactic):
-    """Record the score before the first step, and every `every` steps of the whole run (0: never)."""
+    """Record the score before the first step, and every `every` steps of the whole run (0: never). A fit of a part of the model is not judged; where
+    a run begins with one, "untrained" is not told: the whole model is never quantized and untrained."""
 
     pieces = True
 
@@ -119,13 +120,13 @@ class Watch(Tactic):
 
     def start(self, loop: Loop) -> None:
         self._before = sum(len(history.loss) for history in loop.task.run.histories)          # steps of the fits before this one
-        if "untrained" not in self._record.scores:
+        if "untrained" not in self._record.scores and loop.task.whole and not self._before:
             self._record.errors = {name: (error, error) for name, error in weight_errors(loop.model).items()}
             self._record.scores["untrained"] = self._score(loop)
 
     def after(self, loop: Loop) -> None:
         step = self._before + loop.step + 1
-        if self.every and step % self.every == 0 and loop.step + 1 < loop.steps:
+        if self.every and step % self.every == 0 and loop.task.whole and loop.step + 1 < loop.steps:
             self._record.curve.append((step, self._score(loop)))
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,8 +18,6 @@ LACKS = {"scales", "qzeros", "g_idx"}
 def efficientqat(c: Case) -> Answer:
     p, a = c.p, c.a
     if c.kind == "pack":
-        if 32 % p["bits"]:
-            return None                                           # the layout of export/gptq
         return {"qweight": pack_bits(a["codes"], p["bits"]).T}
     if a["w"].shape[1] % p["group_size"]:
         return None

@@ -120,13 +120,22 @@ class Masked:
     one: QTensor
     other: QTensor
 
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the tensor it stands for."""
+        return self.mask.shape
+
     def dequantize(self) -> Tensor:
         """fp32, the shape of mask."""
         return torch.where(self.mask, self.one.dequantize(), self.other.dequantize())
 
     def nbytes(self) -> int:
-        """Bytes of both parts and of the mask at one bit an element."""
-        return self.one.nbytes() + self.other.nbytes() + -(-self.mask.numel() // 8)
+        """Bytes of what is needed: the codes of each part where it is taken, steps and zeros of both, the mask at one bit an element."""
+        taken = int(self.mask.sum())
+        total = -(-self.mask.numel() // 8)
+        for part, n in ((self.one, taken), (self.other, self.mask.numel() - taken)):
+            total += -(-n * part.bits // 8) + sum(t.numel() * t.element_size() for name, t in part.to_tensors().items() if name != "codes")
+        return total
 
 
 @dataclass

@@ -70,6 +70,11 @@ class Quant(Noun):
         """In a few words."""
         return f"{type(self.grid).__name__} {self.bits}b"
 
+    @property
+    def several(self) -> str:
+        """What a weight under it is made of, where that is more than codes of one grid: no format has a place for it. Else nothing."""
+        return ""
+
     def build(self) -> Quantizer:
         """The module."""
         return Quantizer(self)

@@ -94,6 +94,8 @@ def moved(numbers: Numbers, name: str) -> tuple[Quant | None, Quant | None]:
     says_all = hasattr(form, "fit_input")
     if says_all and numbers.output is not None:
         raise FormatError(f"{name} has no place for a quantized output; leave it out, or the target")
+    if numbers.weight is not None and numbers.weight.several:
+        raise FormatError(f"{name} cannot hold a tensor of shape {numbers.shape} under {numbers.weight.label}: {numbers.weight.several}")
     weight = None if numbers.weight is None else form.fit(numbers.weight, kind, numbers.shape, numbers.body)
     return weight, form.fit_input(numbers.input, kind, weight, numbers.shape, numbers.module) if says_all else numbers.input
 

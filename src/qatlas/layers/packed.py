@@ -2,20 +2,24 @@
 
 `Store` holds one QTensor inside a module: packed codes (uint8 buffers), the scale (an fp32 Parameter, so that scales can be trained on a packed
 model) or, for two-level scales, another Store, and zero or offset, which may be a Store too. A packed layer dequantizes and multiplies: correct
-before fast. Its `to_meta` says in JSON all that its tensors do not, and `from_meta` builds the same layer empty, to be filled by load_state_dict.
+before fast. Where there is a graph it is dequantized once more in the backward, so that nothing of a weight's size waits for it: training steps on
+a packed model needs memory for codes and activations. Its `to_meta` says in JSON all that its tensors do not, and `from_meta` builds the same layer
+empty, to be filled by load_state_dict.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..core.noun import from_json
-from ..core.qtensor import QTensor, pack_bits, straight, unpack_bits
+from ..core.qtensor import Masked, QTensor, pack_bits, straight, unpack_bits
 from ..core.quantizer import Quantizer
 from ..core.stored import rounded
 from .quantized import Layer, Quantized, Slots
@@ -41,9 +45,16 @@ class Store(nn.Module):
                 continue
             self.register_buffer(name, None if value is None else value.detach().float().clone())
 
+    @property
+    def bits(self) -> float:
+        """Bits of a code."""
+        return self.grid.bits
+
     def qtensor(self) -> QTensor:
         """The QTensor, its scale still on the graph, rounded to the type in which it is stored (training moves it between two such numbers)."""
-        codes = unpack_bits(self.codes, self.grid.bits, self.shape)
+        return self._around(unpack_bits(self.codes, self.grid.bits, self.shape))
+
+    def _around(self, codes: Tensor) -> QTensor:
         scale = self.scale.qtensor() if isinstance(self.scale, Store) else straight(self.scale, partial(rounded, dtype=self.scale_dtype))
         offset = self.offset.qtensor() if isinstance(self.offset, Store) else self.offset
         return QTensor(codes, scale, self.zero, offset, self.grid, self.grain, self.scale_dtype)
@@ -56,6 +67,76 @@ class Store(nn.Module):
     def from_meta(cls, meta: dict[str, Any]) -> Store:
         """An empty Store of the right shapes."""
         return cls(_blank(meta))
+
+
+class Taken(Store):
+    """One part of a composite: codes where its mask is True, in the order of rows, and no others. codes (n,) uint8; the rest as in the whole q."""
+
+    def __init__(self, q: QTensor, codes: Tensor) -> None:
+        super().__init__(q)
+        self.register_buffer("codes", pack_bits(codes, q.bits))
+
+    def among(self, mask: Tensor) -> QTensor:
+        """The QTensor of the whole shape; where the mask is False its codes are 0."""
+        codes = unpack_bits(self.codes, self.grid.bits, (int(mask.sum()),))
+        return self._around(torch.zeros(self.shape, dtype=torch.uint8, device=codes.device).masked_scatter_(mask, codes))
+
+
+class MaskedStore(nn.Module):
+    """One Masked as a module's state: `mask` in bits, the codes of each part where it is taken."""
+
+    mask: Tensor
+    scale_dtype = "float32"
+
+    def __init__(self, mask: Tensor, one: Taken, other: Taken) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+        self.one, self.other, self.shape = one, other, one.shape
+        self.grid, self.grain = other.grid, other.grain
+
+    @classmethod
+    def of(cls, q: Masked) -> MaskedStore:
+        """From the data."""
+        return cls(pack_bits(q.mask, 1), Taken(q.one, q.one.codes[q.mask]), Taken(q.other, q.other.codes[~q.mask]))
+
+    @property
+    def bits(self) -> float:
+        """Bits an element: both parts' codes and the mask."""
+        return 8 * sum(t.numel() for t in (self.mask, self.one.codes, self.other.codes)) / max(math.prod(self.shape), 1)
+
+    def qtensor(self) -> Masked:
+        """As Store.qtensor."""
+        mask = unpack_bits(self.mask, 1, self.shape).bool()
+        return Masked(mask, self.one.among(mask), self.other.among(~mask))
+
+    def to_meta(self) -> dict[str, Any]:
+        """Both parts', and how many elements the first has."""
+        count = int(unpack_bits(self.mask, 1, self.shape).sum())
+        mask = torch.zeros(self.shape, dtype=torch.bool)
+        parts = {name: Store.to_meta(_Whole(part, mask)) for name, part in (("one", self.one), ("other", self.other))}  # type: ignore[arg-type]
+        return {"shape": list(self.shape), "count": count, **parts}
+
+    @classmethod
+    def from_meta(cls, meta: dict[str, Any]) -> MaskedStore:
+        """An empty one of the right shapes."""
+        shape, count = tuple(meta["shape"]), int(meta["count"])
+        whole = math.prod(shape)
+        if not 0 <= count <= whole:
+            raise ValueError(f"{count} of {whole} elements")
+        parts = [Taken(_blank(meta[name]), torch.zeros(n, dtype=torch.uint8)) for name, n in (("one", count), ("other", whole - count))]
+        return cls(pack_bits(torch.zeros(shape, dtype=torch.uint8), 1), *parts)
+
+
+class _Whole:
+    """A part as `Store.to_meta` looks at it."""
+
+    def __init__(self, part: Taken, mask: Tensor) -> None:
+        self.zero, self.offset, self.qtensor = part.zero, part.offset, lambda: part._around(mask.to(torch.uint8))
+
+
+def stored(q: QTensor | Masked) -> Any:
+    """The module that holds it."""
+    return MaskedStore.of(q) if isinstance(q, Masked) else Store(q)
 
 
 def _blank(meta: dict[str, Any]) -> QTensor:
@@ -74,11 +155,11 @@ class Packed(Layer):
     answer: torch.dtype | None = None                             # the type in which a layer without a floating input answers; None is fp32
 
     @classmethod
-    def of(cls, q: QTensor, bias: Tensor | None, layer: Quantized) -> Any:
+    def of(cls, q: QTensor | Masked, bias: Tensor | None, layer: Quantized) -> Any:
         """From the codes of a trained layer, sharing its quantizers, transform and adapter (but one that is in the codes already)."""
         packed, merged = cls(), layer.adapter is not None and layer.adapter.merges
         packed.slots = layer.slots.but(frozen=None, adapter=None if merged else layer.slots.adapter)
-        packed.store, packed.bias = Store(q), bias if bias is None else nn.Parameter(bias.detach().clone())
+        packed.store, packed.bias = stored(q), bias if bias is None else nn.Parameter(bias.detach().clone())
         for name in cls.conf:
             setattr(packed, name, getattr(layer, name))
         packed.input_quantizer, packed.output_quantizer = layer.input_quantizer, layer.output_quantizer
@@ -86,11 +167,11 @@ class Packed(Layer):
         return packed.train(layer.training)
 
     @classmethod
-    def holding(cls, q: QTensor, module: nn.Module, slots: Slots) -> Any:
+    def holding(cls, q: QTensor | Masked, module: nn.Module, slots: Slots) -> Any:
         """From codes that were not trained here, in the place of a full-precision module of the same operation; slots say what the codes are, and how
         the input is quantized."""
         packed = cls()
-        packed.slots, packed.store = slots, Store(q)
+        packed.slots, packed.store = slots, stored(q)
         bias = getattr(module, "bias", None)
         packed.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         for name in cls.conf:
@@ -100,12 +181,12 @@ class Packed(Layer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.store: Store
+        self.store: Any                                           # Store or MaskedStore
         self.bias: Tensor | None = None
         self.input_quantizer = self.output_quantizer = None
         self.transform, self.adapter, self.norm = None, None, None
 
-    def qtensor(self) -> QTensor:
+    def qtensor(self) -> Any:
         """The weight as data, (out, ...)."""
         return self.store.qtensor()
 
@@ -120,6 +201,18 @@ class Packed(Layer):
         w = self.store.qtensor().dequantize()
         return w if self.adapter is None else self.adapter.after(w)
 
+    def multiply(self, q: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().multiply(q)
+        return checkpoint(super().multiply, q, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+
+    def hard(self) -> Tensor:
+        """The weight that the layer computes with, (out, ...), in the original space, without a graph."""
+        with torch.no_grad():
+            w = self.store.qtensor().dequantize()
+            w = w if self.transform is None else self.transform.back(w)
+            return w if self.adapter is None else self.adapter.after(w)
+
     def to_meta(self) -> dict[str, Any]:
         """All but the tensors, as JSON."""
         conf = {name: value if not isinstance(value := getattr(self, name), tuple) else list(value) for name in self.conf}
@@ -132,7 +225,8 @@ class Packed(Layer):
         """An empty packed layer of the class that the meta names."""
         kind = {sub.__name__: sub for sub in Packed.__subclasses__()}[meta["layer"]]
         packed = kind()
-        packed.slots, packed.store = from_json(meta["slots"]), Store.from_meta(meta["tensor"])
+        packed.slots = from_json(meta["slots"])
+        packed.store = (MaskedStore if "count" in meta["tensor"] else Store).from_meta(meta["tensor"])
         out = meta["tensor"]["shape"][0]
         packed.bias = nn.Parameter(torch.zeros(out)) if meta["bias"] else None
         for name, value in meta["conf"].items():

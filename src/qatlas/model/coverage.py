@@ -109,9 +109,9 @@ def describe(model: nn.Module, batch: Any = None) -> Coverage:
             names = [n for n in calls or {} if n.startswith(own)]
             count = (0, 0) if calls is None or not names else (min(calls[n][0] for n in names), min(calls[n][1] for n in names))
             shape = tuple(module.weight.shape) if isinstance(module, Quantized) else tuple(module.store.shape)
-            grid = module.store.grid if isinstance(module, Packed) else None
+            bits = module.store.bits if isinstance(module, Packed) else module.slots.weight.bits if module.slots.weight else 32
             cover.rows.append(Row(name, type(module).__name__, _roles(role, name), shape, _say(module.slots.weight), _say(module.slots.input),
-                                  float(grid.bits if grid else module.slots.weight.bits if module.slots.weight else 32), count,
+                                  float(bits), count,
                                   _tied(first, name, module)))
             owned |= {id(p) for p in module.parameters()}
         elif name in reachable(model) and name in full:

@@ -63,6 +63,8 @@ def fitted(model: nn.Module, layers: Mapping[str, type[Quantized]], plan: Mappin
         try:
             if says_all and slots.output is not None:
                 raise FormatError(f"{target} has no place for a quantized output; leave it out, or the target")
+            if several := getattr(slots.weight, "several", ""):
+                raise FormatError(f"{target} cannot hold a tensor of shape {shape} under {slots.weight.label}: {several}")  # type: ignore[union-attr]
             body = not role.get(name, set()) & {Role.EMBEDDING, Role.HEAD}
             moved = None if slots.weight is None else fused.fit(slots.weight, shape, partial(_move, form, kind, body))
             entry = form.fit_input(slots.input, kind, moved, shape, layers[name].replaces.__name__) if says_all else slots.input

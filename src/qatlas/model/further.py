@@ -101,6 +101,9 @@ def _trainable(name: str, layer: Any, module: nn.Module, twin: Any, keep: str) -
         raise QuantError(f"{name} has {' and '.join(extra)}, whose master is not in the file; train the steps alone, or start from the model in full "
                          "precision")
     q = layer.qtensor()
+    if getattr(q, "grid", None) is None:
+        raise QuantError(f"{name} is a {type(q).__name__}, made of several parts: which of them its master would train is the paper's to say. Train "
+                         "its steps alone, or start from the model in full precision")
     w = q.dequantize()
     module.weight = nn.Parameter(torch.empty_like(w).T if _lies(module, w) else torch.empty_like(w))
     if getattr(module, "bias", None) is not None:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..core.error import CheckpointError, QuantError, foreign
-from ..core.qtensor import QTensor
+from ..core.qtensor import Masked, QTensor
 from ..export.checkpoint import TOKENIZER, Checkpoint, appearing
 from ..layers.experts import PackedStack, QStack
 from ..layers.packed import Packed
@@ -223,7 +223,9 @@ def _silent(layer: Packed) -> bool:
     return getattr(getattr(layer.adapter, "spec", None), "place", None) in ("inside", "shift")
 
 
-def _detached(q: QTensor) -> QTensor:
+def _detached(q: Any) -> Any:
+    if isinstance(q, Masked):
+        return Masked(q.mask, _detached(q.one), _detached(q.other))
     scale = _detached(q.scale) if isinstance(q.scale, QTensor) else q.scale.detach().clone()
     offset = _detached(q.offset) if isinstance(q.offset, QTensor) else q.offset
     return QTensor(q.codes, scale, q.zero, offset, q.grid, q.grain, q.scale_dtype)

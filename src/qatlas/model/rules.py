@@ -17,7 +17,7 @@ Layers are replaced in place by their quantized form, which shares their paramet
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -147,6 +147,38 @@ def quantize(model: nn.Module, rules: str | Sequence[Rule], task: Any = None, ta
     >>> type(model[0]).__name__, type(model[1]).__name__
     ('QLinear', 'Linear')
     """
+    decision = decided(model, rules, task, target)
+    try:
+        decision.carry_out(model)
+    finally:
+        decision.close()
+    inner.install(model, decision.inside)
+    _calibrate(model, task)
+    return model
+
+
+@dataclass
+class Decision:
+    """What `quantize` is about to do: layer -> Slots, attention module -> signal -> Quant, layer -> its inputs' peaks. All that can be refused has
+    been; nothing is replaced yet but stacked experts, which stand open. `carry_out` replaces all layers, or those below one module: block by block, a
+    model need never be whole in fp32. `close` ends it: experts without numbers are put back as they were."""
+
+    layers: dict[str, Slots]
+    inside: dict[str, dict[str, Quant]]
+    peak: dict[str, Tensor]
+    close: Callable[[], None]
+
+    def carry_out(self, model: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        """Replace the layers whose names are wanted."""
+        _replace(model, {name: slots for name, slots in self.layers.items() if wanted(name)}, self.peak)
+
+
+def decided(model: nn.Module, rules: str | Sequence[Rule], task: Any = None, target: str | None = None) -> Decision:
+    """What `quantize` would do with the same arguments; the rules are noted on the model, and nothing else of it is changed.
+
+    Raises:
+        RuleError, QuantError, FormatError: as `quantize`.
+    """
     rules = [*getattr(task, "extra_rules", ()), *(of_scheme(rules) if isinstance(rules, str) else rules)]
     taken = [name for name, module in model.named_modules() if isinstance(module, Quantized | Packed | Quantizer)]
     if taken:
@@ -163,14 +195,16 @@ def quantize(model: nn.Module, rules: str | Sequence[Rule], task: Any = None, ta
         _check_tied(model, plan)
         thirsty = [name for name, slots in plan.items() if slots.transform is not None and slots.transform.needs_peak]
         peak = peaks(model, task.calibration(), thirsty) if thirsty and task is not None else {}
-        _replace(model, plan, peak)
-    finally:
+    except BaseException:
         close()
-    inner.install(model, inside)
+        raise
     model.qatlas_rules = tuple(rules)  # type: ignore[assignment]
+    return Decision(plan, inside, peak, close)
+
+
+def _calibrate(model: nn.Module, task: Any) -> None:
     if task is not None and any(not q.ready or getattr(q.quant.grid, "signed", True) is None for q in quantizers(model).values()):
         task.calibrate(model)
-    return model
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:

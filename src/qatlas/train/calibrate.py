@@ -34,7 +34,7 @@ def calibrate(model: nn.Module, task: Task, n: int = 8) -> int:
     Raises:
         QuantError: quantizers that were never called, by name.
     """
-    return _settle(model, lambda: task.calibration(n), lambda batch: task.logits(model, batch))
+    return settle(model, lambda: task.calibration(n), lambda batch: task.logits(model, batch))
 
 
 def calibrate_on(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> int:
@@ -43,10 +43,15 @@ def calibrate_on(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> int:
     Raises:
         QuantError: quantizers that were never called, by name; no batch.
     """
-    return _settle(model, lambda: list(batches), lambda batch: model(**batch))
+    return settle(model, lambda: list(batches), lambda batch: model(**batch))
 
 
-def _settle(model: nn.Module, batches: Callable[[], Sequence[Mapping[str, Any]]], forward: Callable[[Any], Any]) -> int:
+def settle(model: nn.Module, batches: Callable[[], Sequence[Mapping[str, Any]]], forward: Callable[[Any], Any]) -> int:
+    """The same by any forward (a block's, on recorded inputs): batches() -> mappings; tensors among their values follow the model to its device.
+
+    Raises:
+        QuantError: as `calibrate`.
+    """
     waiting = pending(model)
     if not waiting:
         return 0

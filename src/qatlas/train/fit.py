@@ -140,7 +140,7 @@ def _steps(loop: Loop, wrapped: nn.Module, run: Run, phase: Phase, schedule: Cal
     loop.model.train()
     if run.tensorboard:
         _curves(accelerator)
-    with bar("fit", loop.steps, run.progress and accelerator.is_main_process, loop.step) as advance:
+    with bar(loop.task.title, loop.steps, run.progress and accelerator.is_main_process, loop.step) as advance:
         for step in range(loop.step, loop.steps):
             loop.step, began = step, time.perf_counter()
             set_rates(loop.optimizer, schedule(loop.progress))
@@ -150,7 +150,7 @@ def _steps(loop: Loop, wrapped: nn.Module, run: Run, phase: Phase, schedule: Cal
             loop.history.add(loss=value, lr=rate, grad_norm=norm, seconds=time.perf_counter() - began, tokens=items)
             if run.tensorboard:
                 accelerator.log({"loss": value, "lr": rate, "grad_norm": norm}, step=step)
-            advance(f"loss {value:.4f}")
+            advance(f"loss {value:.4g}")
             loop.step = step + 1
             if agreed(accelerator, phase.due(step + 1)) and step + 1 < loop.steps:
                 point = point_of(loop, tactics)

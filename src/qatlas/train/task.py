@@ -40,12 +40,15 @@ class Task:
     target: an export target such as "gguf:q4_0", through which `quantize` fits every Quant.
     extra_rules: the user's rules, which stand before a paper's.
     run: seed, precision, where resume points go.
+    title: what a progress line says of a fit. whole: whether a fit trains the whole model, so that its score says something (a block's does not).
     """
 
     rows: int
     held_rows: int
     fingerprint: str
     begin = 0
+    title = "fit"
+    whole = True
 
     def __init__(self, batch: int, target: str | None, extra_rules: Sequence[Any], run: Run | None) -> None:
         if batch < 1:
