@@ -98,6 +98,11 @@ def quantized(module: nn.Module, signal: str, x: Tensor) -> Tensor:
     return x if quantizer is None else quantizer(x)
 
 
+def recomputing() -> bool:
+    """Whether this forward is a part of a backward: the second run of a checkpointed block."""
+    return bool(torch._C._current_graph_task_id() != -1)           # as torch.utils.checkpoint and FSDP ask it
+
+
 def fitted(signal: str, quant: Quant) -> Quant:
     """The Quant of a signal inside attention, closed to [0, 1] for probabilities.
 
