@@ -1,8 +1,9 @@
 """EdgeQAT on stories260K: what each of its losses is worth, which sign the distribution loss wants, and tokens of two widths against one.
 
-stories260K is a pretrained Llama of 260,032 parameters, trained here on text that it wrote itself (lsq_stories260k.py) and judged on five real stories.
-Weights of 4 bits, one step a matrix; static activations, one step a tensor, queries and keys included. All rows of a seed see the same batches in the
-same order, the same number of steps, schedule (5 % warm-up, cosine) and learning rates (steps and zeros: a hundredth of their own unit a step).
+stories260K is a pretrained Llama of 260,032 parameters, trained here on text that it wrote itself (lsq_stories260k.py) and judged on five real
+stories. Weights of 4 bits, one step a matrix; static activations, one step a tensor, queries and keys included. All rows of a seed see the same
+batches in the same order, the same number of steps, schedule (5 % warm-up, cosine) and learning rates (steps and zeros: a hundredth of their own unit
+a step).
 
     A4   labels            plain LSQ: cross entropy alone
          distil            half of it the full-precision logits: the control of all that follows
@@ -10,8 +11,8 @@ same order, the same number of steps, schedule (5 % warm-up, cosine) and learnin
          both              EdgeQAT's four terms                      published sign  the same with the authors' sign of the distribution loss
     A8, A6, A8/A4          with distil alone: 8, 6 bits, and 8 for one half of the tokens and 4 for the other
 
-Besides the perplexity, on held-out text against the full-precision model: the mean cosine of the attention logits' maps, and how much of its attention a
-token gives to the first one.
+Besides the perplexity, on held-out text against the full-precision model: the mean cosine of the attention logits' maps, and how much of its
+attention a token gives to the first one.
 
     python runs/edgeqat_losses.py [--out docs/evidence/edgeqat] [--seeds 3] [--page FILE]
 """

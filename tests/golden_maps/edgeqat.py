@@ -28,7 +28,8 @@ def edgeqat(c: Case) -> Answer:
         grid = Uniform(p["bit"], not p.get("all_positive", False), narrow=p.get("symmetric", False))
         return fake(c, Quant(grid, PerChannel() if p.get("per_channel") else PerTensor(), Learned(over="tensor"), Clip()), scale="alpha")
     leaves = {name: c.a[name].clone().requires_grad_() for name in ("q", "k", "attn", "logits")}
-    total = guided(c.a["ce"], leaves["logits"], chorus(list(c.a["t_logits"])), list(leaves["q"]), list(leaves["k"]), list(leaves["attn"]), list(c.a["t_attn"]),
+    said = chorus(list(c.a["t_logits"]))
+    total = guided(c.a["ce"], leaves["logits"], said, list(leaves["q"]), list(leaves["k"]), list(leaves["attn"]), list(c.a["t_attn"]),
                    distil=p["alpha"], temperature=p["temperature"], entropy=p["loss_entropy_ratio"], distribution=p["loss_attn_ratio"],
                    form="published" if p["published_sign"] else "log", summed=True)
     total.backward()

@@ -217,7 +217,8 @@ def test_strengths_of_zero_are_plain_lsq_with_distillation_bit_for_bit():
     plain = tiny_llama()
     teacher = Teacher.of(plain)
     quantize(plain, rules(plain, low_bits=None), other)
-    fit(plain, other, optimizer=AdamW(lr=1e-3, weight_decay=0.1), schedule=cosine(0.05), steps=3, loss=Distil(other, teacher, temperature=2.0, share=0.5))
+    loss = Distil(other, teacher, temperature=2.0, share=0.5)
+    fit(plain, other, optimizer=AdamW(lr=1e-3, weight_decay=0.1), schedule=cosine(0.05), steps=3, loss=loss)
     assert task.run.histories[0].loss == other.run.histories[0].loss
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True))
 
