@@ -290,6 +290,9 @@ def test_it_learns_on_every_kind_of_model_and_packs(kind, tmp_path):
 def test_a_decoder_stays_causal():
     """Law 12, trained and packed; the cache included."""
     model, ids = bit(tiny_llama(), text(), steps=4, lr=1e-2, scale_lr=1e-2), torch.arange(24).view(2, 12) * 7 % 32
+    with torch.no_grad():
+        for name, q in quantizers(model).items():
+            q.move.fill_(9.0) if "probabilities" in name else None  # a threshold below 0: what is masked must not come back
     for form in (lambda m: m, pack):
         model = form(model)
         whole, later, neighbour = model(ids).logits, ids.clone(), ids.clone()
@@ -375,6 +378,8 @@ def test_arguments_that_cannot_work(arguments, error, words):
 def test_what_a_model_cannot_take():
     with pytest.raises(QuantError, match="is a decoder"):
         bit(tiny_llama(), text(), minimum=True, steps=2)
+    with pytest.raises(QuantError, match="no zero for what the mask hides"):
+        bit(tiny_llama(), text(), two_sets=False, steps=2)
     with pytest.raises(RuleError, match="no table of words"):
         binarize(pair_of_vit(), None, embeddings=True)
     with pytest.raises(QuantError, match="before it is initialised"):

@@ -125,10 +125,11 @@ class Elasticity(Quantizer):
         return x if self._seen is not None else y.to(x.dtype)
 
     def moved(self, x: Tensor) -> Tensor:
-        """x - beta, in fp32 at least."""
+        """x - beta, in fp32 at least. With one move for all, zeros stay: a probability of 0 is what the mask hides, and must not come back."""
         if self.move is None:
             return x
-        return working(x) + (self.move.view(x.shape[1], 1, x.shape[3]) if self.quant.move == "head" else self.move)
+        y = working(x) + (self.move.view(x.shape[1], 1, x.shape[3]) if self.quant.move == "head" else self.move)
+        return torch.where(x == 0, 0.0, y) if self.quant.move == "tensor" else y
 
     def quantize(self, x: Tensor, shift: Tensor | None = None) -> QTensor:
         return super().quantize(self.moved(x), shift)
@@ -177,7 +178,7 @@ def bit(model: nn.Module, task: Task, *, chain: tuple[int, ...] = (2, 1), two_se
 
     Args:
         chain: bits of the activations in each stage, 1 to 8; (2, 1) is the paper's, (1,) learns from full precision alone. Weights have 1 throughout.
-        two_sets: {0, 1} for signals that are never negative; else {-1, 1} everywhere.
+        two_sets: {0, 1} for signals that are never negative; else {-1, 1} everywhere, which shows what is masked too: not in decoders.
         elastic: learn alpha and the thresholds; else they stay where they start, alpha of {-1, 1} at mean|x|.
         moves: where thresholds are learned: all, inputs (of layers: the authors' code) or none.
         relu: put ReLU in the place of GELU.
@@ -202,7 +203,7 @@ def bit(model: nn.Module, task: Task, *, chain: tuple[int, ...] = (2, 1), two_se
 
     Raises:
         RunError: a chain of no stages or more than steps; a teacher of another depth, width or vocabulary.
-        QuantError: bits beyond 1 to 8; minimum in a decoder.
+        QuantError: bits beyond 1 to 8; minimum, or one set, in a decoder.
         RuleError: a model whose attention cannot be looked into.
     """
     if not chain or steps < len(chain):
@@ -227,8 +228,9 @@ def bit(model: nn.Module, task: Task, *, chain: tuple[int, ...] = (2, 1), two_se
 def binarize(model: nn.Module, task: Task, *, bits: int = 1, two_sets: bool = True, elastic: bool = True, moves: Moves = "all", relu: bool = True,
              minimum: bool = False, embeddings: bool | None = None) -> nn.Module:
     """Give the model BiT's numbers, untrained, activations of so many bits; arguments as in `bit`."""
-    if minimum and causal(model):
-        raise QuantError(f"{type(model).__name__} is a decoder: the minimum of a whole tensor lets later tokens move earlier ones; leave minimum out")
+    if causal(model) and (minimum or not two_sets):
+        why = "the minimum of a whole tensor lets later tokens move earlier ones" if minimum else "{-1, 1} has no zero for what the mask hides"
+        raise QuantError(f"{type(model).__name__} is a decoder: {why}; leave {'minimum' if minimum else 'two_sets=False'} out")
     widen(model.parameters())
     words = word_embedding(model) if embeddings is None or embeddings else None
     if embeddings and words is None:
