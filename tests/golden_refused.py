@@ -77,6 +77,7 @@ def quant_case(p: P, a: A) -> bool:
 
 
 SIGN = "sign(0) = 0: one bit has no third value and no binary format can store it; ours is +1"
+LEAST = "a row of zeros has the step 0, which is no step; ours is the smallest positive number of the stored type"
 ZERO = "an all-zero group gives 0/0 = NaN; ours gives zeros"
 EPSILON = "an epsilon (1e-8 .. 1e-6) is added to the range and moves every value; we keep a floor under the step instead. Compared to 1e-4"
 FRACTION = "the zero point is used as a fraction: no integer artefact holds it (a learned offset in values, as LSQ+, is our way)"
@@ -121,6 +122,7 @@ REFUSED = [
             lambda p, a: {"grad_alpha": torch.ones_like(a["w"], dtype=torch.bool)}),
     Refused("stableqat", lambda p, a: any(p["amplitude"] or []), COSINE, within=2e-5),
     Refused("bit", binary, SIGN, zeros),
+    Refused("bit", has("kind", "bwn_row"), LEAST, lambda p, a: (a["w"] == 0).all(-1, keepdim=True).expand_as(a["w"])),
     Refused("lsq_family", has("kind", "reste"), SIGN, zeros),
     Refused("llmqat", lambda p, a: p["kind"] == "linear" and p["w_bits"] == 1 and bool(zeros(p, a).any()), SIGN),
     Refused("lsq_family", lambda p, a: p["kind"] == "statsq" and bool(nan(p, a).any()), ZERO, nan),

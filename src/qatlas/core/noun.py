@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from .error import CheckpointError
 
 N = TypeVar("N", bound="Noun")
-MOVED = {"core.grid:Float": "core.floats:Float"}                  # where files of before look for what has moved since
+MOVED = {"core.grid:Float": "core.floats:Float", "papers.bitnet:Centred": "core.centred:Centred"}      # where files of before look for what moved
 
 
 class Noun:

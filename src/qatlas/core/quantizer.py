@@ -19,7 +19,7 @@ calibration, which observes some batches and then settles. Used before, it raise
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +42,17 @@ class Quant(Noun):
 
     refit: decode with the least-squares step of x on v instead of the step that chose v (TWN, binary nets).
     clip: cut x to +-clip first; None cuts nothing.
+    plain: of the class; the formula of x alone is all there is. What a subclass moves or chooses besides, no file can say of a signal.
+    watches: of the class; its module looks at x and lets it pass (layers/attention.py).
 
     >>> from qatlas.core.grid import Ternary
     >>> q = Quant(Ternary(), scale=AbsMax())
     >>> q.hard(torch.tensor([[-2.0, 0.5, 1.5]]))
     tensor([[-2.,  0.,  2.]])
     """
+
+    plain: ClassVar[bool] = True
+    watches: ClassVar[bool] = False
 
     grid: Grid
     grain: Grain = field(default=PerChannel())

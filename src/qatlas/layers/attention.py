@@ -16,7 +16,8 @@ Quantizers are children of the attention module: `query_quantizer`, `key_quantiz
 token they keep a decoder causal: keys and values are then quantized alike whether they come from the cache or not. What our own cache gives
 (cache.py) was quantized where it was made, bears the mark of that, and passes untouched. Probabilities lie in [0, 1] and take an unsigned grid; an
 open one (`Uniform(8, None)`) is closed to that. The symmetric grid of TernaryBERT's code wastes one bit and is taken only when it is asked for aloud,
-by `Uniform(8, narrow=True)`.
+by `Uniform(8, narrow=True)`. None rounds the scores, in which the mask stands; `scores_quantizer` may be one that looks on and lets them pass (EdgeQAT
+chooses the bits of tokens by them).
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from ..core.quantizer import Quant, Quantizer, working
 
 NAME = "qatlas"
 QUANTIZED = ("query", "key", "value", "probabilities")            # signals that can have a Quantizer
+WATCHED = ("scores",)                                             # those at which one may stand that looks on and lets pass
+SLOTS = (*QUANTIZED, *WATCHED)
 INSIDE = ("query", "key", "value", "scores", "probabilities", "context")
 CALLS = "ALL_ATTENTION_FUNCTIONS"                                 # what a forward names when it goes through AttentionInterface
 TAPS, AGREES = "qatlas_taps", "qatlas_agrees"
@@ -56,8 +59,9 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
     mask = _additive(attention_mask, query.dtype)
     if AGREES not in module.__dict__ and not torch.compiler.is_compiling():
         _check(module, query, key, value, mask, {"scaling": scaling, "softcap": softcap, "position_bias": position_bias}, rest)
-    q, k, v = (quantized(module, name, through(module, name, x)) for name, x in (("query", query), ("key", key), ("value", value)))
-    scores = through(module, "scores", _scores(q, k, mask, scaling, softcap, position_bias))
+    q, k = (quantized(module, name, through(module, name, x)) for name, x in (("query", query), ("key", key)))
+    scores = quantized(module, "scores", through(module, "scores", _scores(q, k, mask, scaling, softcap, position_bias)))
+    v = quantized(module, "value", through(module, "value", value))  # after the scores: a token's bits may follow from them
     probs = through(module, "probabilities", working(scores).softmax(-1).to(v.dtype))
     probs = quantized(module, "probabilities", F.dropout(probs, dropout, module.training))
     context = through(module, "context", probs @ _repeat(v, probs))   # (B, H, T, d)
@@ -118,6 +122,11 @@ def _received(module: nn.Module, key: Tensor, value: Tensor) -> None:
                              'with a full-precision cache instead: model.generate(..., cache_implementation="dynamic")')
 
 
+def recomputing() -> bool:
+    """Whether this forward is a part of a backward: the second run of a checkpointed block."""
+    return bool(torch._C._current_graph_task_id() != -1)           # as torch.utils.checkpoint and FSDP ask it
+
+
 def fitted(signal: str, quant: Quant) -> Quant:
     """The Quant of a signal inside attention, closed to [0, 1] for probabilities.
 
@@ -127,7 +136,7 @@ def fitted(signal: str, quant: Quant) -> Quant:
     >>> fitted("probabilities", Quant(Uniform(8, None), PerChannel(1))).grid.signed
     False
     """
-    if signal not in QUANTIZED:
+    if signal not in QUANTIZED and not (signal in WATCHED and quant.watches):
         raise QuantError(f"{signal} has no quantizer; inside attention these have one: {', '.join(QUANTIZED)}")
     if isinstance(quant.grain, PerChannel) and quant.grain.axis == 0:
         raise QuantError(f"{signal}: one scale for each index of axis 0 is one for each sample of a batch; write PerToken(), PerTensor() or "
@@ -144,14 +153,14 @@ def fitted(signal: str, quant: Quant) -> Quant:
 def attach(module: nn.Module, quants: dict[str, Quant]) -> None:
     """Give an attention module its quantizers: signal -> Quant."""
     for signal, quant in quants.items():
-        setattr(module, f"{signal}_quantizer", Quantizer(fitted(signal, quant)))
+        setattr(module, f"{signal}_quantizer", fitted(signal, quant).build())
 
 
 def attached(module: nn.Module) -> dict[str, Quantizer]:
     """Signal -> the Quantizer of an attention module."""
     if not attends(module):
         return {}
-    return {name: q for name in QUANTIZED if isinstance(q := module._modules.get(f"{name}_quantizer"), Quantizer)}
+    return {name: q for name in SLOTS if isinstance(q := module._modules.get(f"{name}_quantizer"), Quantizer)}
 
 
 def attends(module: nn.Module) -> bool:

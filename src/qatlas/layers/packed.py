@@ -235,7 +235,7 @@ class Packed(Layer):
         packed.norm = None if slots.norm is None else slots.norm.build(torch.empty(tuple(meta["tensor"]["shape"])))
         with torch.device("cpu"):                                 # these look at values; an empty layer may be asked for on the meta device
             for name, quant in meta["quants"].items():
-                setattr(packed, f"{name}_quantizer", blank_quantizer(quant, meta.get("steps", {}).get(name)))
+                setattr(packed, f"{name}_quantizer", blank_quantizer(quant, name, meta))
             if slots.transform is not None or slots.adapter is not None:
                 like = torch.ones(tuple(meta["tensor"]["shape"]))
                 packed.transform = slots.transform.build(like, like[0]) if slots.transform is not None else None
@@ -247,17 +247,21 @@ class Packed(Layer):
 
 
 def steps_of(layer: Layer) -> dict[str, Any]:
-    """{"steps": slot -> shape}, of static activation quantizers with more than one step; else nothing."""
-    found = {name: list(q.scale.shape) for name in ("input", "output")
-             if (q := getattr(layer, f"{name}_quantizer")) is not None and q.scale is not None and q.scale.numel() > 1}
-    return {"steps": found} if found else {}
+    """{"steps": slot -> shape}, of static activation quantizers with more than one step, {"states": slot -> name -> shape} of those that hold more
+    than steps; else nothing."""
+    found = {name: q for name in ("input", "output") if (q := getattr(layer, f"{name}_quantizer")) is not None}
+    steps = {name: list(q.scale.shape) for name, q in found.items() if type(q) is Quantizer and q.scale is not None and q.scale.numel() > 1}
+    states = {name: {key: list(t.shape) for key, t in q.state_dict().items()} for name, q in found.items() if type(q) is not Quantizer}
+    return ({"steps": steps} if steps else {}) | ({"states": states} if states else {})
 
 
-def blank_quantizer(quant: dict[str, Any], steps: list[int] | None) -> Quantizer:
-    """A quantizer of activations with state of the right shape."""
-    quantizer = Quantizer(from_json(quant))
-    if quantizer.quant.scale.keeps != "nothing":
-        quantizer.initialise(torch.ones(tuple(steps or (1,))))
+def blank_quantizer(quant: dict[str, Any], slot: str, meta: dict[str, Any]) -> Quantizer:
+    """The quantizer of activations in a slot of a layer's meta, with state of the right shape."""
+    quantizer: Quantizer = from_json(quant).build()
+    if (state := meta.get("states", {}).get(slot)) is not None:
+        quantizer.load_state_dict({name: torch.ones(shape) for name, shape in state.items()})
+    elif quantizer.quant.scale.keeps != "nothing":
+        quantizer.initialise(torch.ones(tuple(meta.get("steps", {}).get(slot) or (1,))))
     return quantizer
 
 

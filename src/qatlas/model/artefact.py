@@ -184,7 +184,7 @@ def _half(module: nn.Module, meta: dict[str, Any]) -> Any:
     layer = kinds[meta["layer"]].of(module, from_json(meta["slots"]))
     for slot, quant in meta["quants"].items():
         with torch.device("cpu"):
-            setattr(layer, f"{slot}_quantizer", blank_quantizer(quant, meta.get("steps", {}).get(slot)))
+            setattr(layer, f"{slot}_quantizer", blank_quantizer(quant, slot, meta))
     return layer
 
 

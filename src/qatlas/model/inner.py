@@ -32,7 +32,7 @@ def fitted(name: str, said: Mapping[str, Any]) -> dict[str, Quant]:
         QuantError: numbers that cannot work there, with the address.
     """
     out = {}
-    for signal in attention.QUANTIZED:
+    for signal in attention.SLOTS:
         if isinstance(quant := said.get(signal), Quant):
             try:
                 out[signal] = attention.fitted(signal, quant)
@@ -93,12 +93,12 @@ def blank(model: nn.Module, found: Mapping[str, Any]) -> dict[str, Quantizer]:
     around, out = attentions(model), {}
     for address, meta in found.items():
         name, _, signal = address.partition(":")
-        if name not in around or signal not in attention.QUANTIZED:
+        if name not in around or signal not in attention.SLOTS:
             raise CheckpointError(f"the file has a quantizer at {address!r}, which {type(model).__name__} lacks; modules with attention: "
                                   f"{', '.join(list(around)[:SHOWN]) or 'none'}. The file belongs to another model or another version of it")
         try:
             with torch.device("cpu"):
-                out[address] = Quantizer(from_json(meta["quant"]))
+                out[address] = from_json(meta["quant"]).build()
                 out[address].load_state_dict({key: torch.ones(shape) for key, shape in meta["state"].items()})
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, QuantError) as error:
             raise CheckpointError(f"the description of the quantizer at {address!r} cannot be read ({type(error).__name__}: {error}); "

@@ -30,7 +30,7 @@ from ..core.quantizer import Quant, Quantizer
 from ..core.scheme import scheme
 from ..core.transform import Transform
 from ..layers.adapter import AdapterSpec
-from ..layers.attention import QUANTIZED, attends
+from ..layers.attention import SLOTS, attends
 from ..layers.conv import QConv1d, QConv2d
 from ..layers.embedding import QEmbedding
 from ..layers.experts import QStack
@@ -266,12 +266,12 @@ def _signals(layer: type[Quantized] | None, module: nn.Module | None) -> tuple[s
     """The signals of a module that an address can give numbers to. An embedding's input is ids."""
     if layer is not None:
         return ("weight", "output") if layer is QEmbedding else ("weight", "input", "output")
-    return QUANTIZED if module is not None and attends(module) else ()
+    return SLOTS if module is not None and attends(module) else ()
 
 
 def _kept(rule: Rule) -> dict[str, None]:
     """`keep_full` of an attention module means what is inside, too."""
-    return dict.fromkeys(QUANTIZED) if rule.weight is rule.input is rule.output is None else {}
+    return dict.fromkeys(SLOTS) if rule.weight is rule.input is rule.output is None else {}
 
 
 def _slots(said: dict[str, Any], layer: type[Quantized]) -> Slots:

@@ -30,16 +30,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.error import QuantError, RuleError
-from ..layers.attention import INSIDE, TAPS, through
+from ..layers.attention import INSIDE, TAPS, recomputing, through
 from . import signals
 from .signals import Spot
 
 READ, OVERRIDE, STOP = range(3)                                   # the order of taps at one signal
-
-
-def recomputing() -> bool:
-    """Whether this forward is a part of a backward: the second run of a checkpointed block."""
-    return bool(torch._C._current_graph_task_id() != -1)           # as torch.utils.checkpoint and FSDP ask it
 
 
 @dataclass(eq=False)

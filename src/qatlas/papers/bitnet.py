@@ -37,18 +37,17 @@ Numbers of ours: docs/results.md#bitnet. In short runs on a small model three va
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..core.centred import Centred
 from ..core.error import FormatError, QuantError, RuleError
 from ..core.estimator import Ste
 from ..core.grain import PerTensor, PerToken
 from ..core.grid import Sign, Ternary, Uniform
-from ..core.qtensor import QTensor
-from ..core.quantizer import Known, Quant, Quantizer, working
+from ..core.quantizer import Quant
 from ..core.scale import AbsMax, AbsMean
 from ..layers.norm import Norm
 from ..model.blocks import blocks
@@ -65,41 +64,6 @@ from ..train.task import Task
 
 FLOOR = 1e-5                                                      # of mean|W| and of max|x|, the authors'
 LET_IN = 0.25                                                     # of a fine-tuning: the part during which lambda rises
-
-
-@dataclass(frozen=True)
-class Centred(Quant):
-    """A Quant whose places are those of x minus its mean: b1's sign(W - mean W). The scale is measured on x itself."""
-
-    def build(self) -> Centring:
-        return Centring(self)
-
-    def quantize(self, x: Tensor) -> QTensor:
-        return self.build().quantize(x)
-
-    def hard(self, x: Tensor) -> Tensor:
-        return self.build().hard(x)
-
-
-class Centring(Quantizer):
-    """The module of `Centred`: a shift of the places by -mean(x) / s, deaf as s is."""
-
-    def centre(self, x: Tensor, shift: Tensor | None) -> Tensor:
-        """x, and a shift in steps (an adapter's) or None -> the whole shift."""
-        with torch.no_grad():
-            view = self.quant.grain.view(working(x))
-            middle = (-view.mean(-1, keepdim=True) / self.quant.scale.cast(self.place(view).s)).expand_as(view)
-            middle = self.quant.grain.back(middle, x.shape)
-        return middle if shift is None else shift + middle
-
-    def forward(self, x: Tensor, shift: Tensor | None = None, known: Known | None = None) -> Tensor:
-        return super().forward(x, self.centre(x, shift), known) if self.on else x
-
-    def known(self, x: Tensor, shift: Tensor | None = None) -> Known:
-        return super().known(x, self.centre(x, shift))
-
-    def quantize(self, x: Tensor, shift: Tensor | None = None) -> QTensor:
-        return super().quantize(x, self.centre(x, shift))
 
 
 def bitnet(model: nn.Module, task: Task, *, bits: float = 1.58, input_bits: int | None = 8, scratch: bool = False, sub_norm: bool = False,

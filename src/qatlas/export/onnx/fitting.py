@@ -162,6 +162,8 @@ def why_not_signal(signal: Signal | Quant, target: str) -> str | None:
     if target.endswith(ONLY):
         return None
     quant = signal if isinstance(signal, Quant) else signal.quant
+    if not quant.plain:
+        return f"{type(quant).__name__} does more than round by one step and zero, and QuantizeLinear does no more"
     if quant.scale.keeps == "nothing":
         each = "input" if quant.grain == PerTensor() else "token"
         return (f"{type(quant.scale).__name__} gives each {each} a step of its own as it comes, and the step of QuantizeLinear is a constant of "
