@@ -77,8 +77,11 @@ def cell(found: dict[str, Any] | None, by: str, notes: dict[str, int], forms: di
 
 
 def plain(why: str) -> str:
-    """A reason without what is only this tensor's."""
-    return re.sub(r"^\d+ of \d+ values are", "some values are", why)
+    """A reason without what is only this tensor's or this block's."""
+    why = re.sub(r"^\d+ of \d+ values are", "some values are", why)
+    why = re.sub(r"the (integers|numbers)( -?\d+ \.\. -?\d+)?( of \w+)? of [A-Z]+\d\w*(?=, )", r"the \1 of its block", why)
+    why = re.sub(r", the block of \w+$", ", its block", why)
+    return re.sub(r"^its input is quantized by .* would say otherwise.*", "its input is quantized otherwise than the file would say", why)
 
 
 def number(perplexity: float) -> str:

@@ -64,6 +64,15 @@ def test_the_section(runs):
     assert "1.26 % (gguf:q4_0, 4 bits, zoo:gpt, llama.cpp)" in made
 
 
+def test_reasons_lose_what_is_only_one_blocks(runs):
+    plain = sys.modules["export_matrix_page"].plain
+    assert plain("64 inputs are no multiple of 256, the block of Q2_K") == "64 inputs are no multiple of 256, its block"
+    said = "the values of this grid are not the {} of {}, nor those over a power of two"
+    assert plain(said.format("integers 0 .. 3", "Q2_K")) == plain(said.format("integers -1 .. 1", "TQ1_0")) == said.format("integers", "its block")
+    assert plain(said.format("numbers of E2M1", "MXFP4")) == said.format("numbers", "its block")
+    assert plain("its input is quantized by A, and the file would say otherwise (B") == "its input is quantized otherwise than the file would say"
+
+
 def test_a_reader_that_says_nothing(runs):
     mute = {"form": "f", "ours": 2.0, "bytes": 1, "read": [{"by": "gptqmodel", "why": "not installed", "missing": True}]}
     made = runs.section([run(w4=mute) | {"format": "gptq"}])
