@@ -19,10 +19,12 @@ log-probabilities, of the 40 most probable tokens and of the next one; it rounds
 A number in brackets is the reason for a refusal, or for a reader that was not asked, below. A letter is the form in which the model was trained.
 """
 READING = """Of {cells} targets asked {held} hold the model, {refused} are refused by their writer; {unasked} readings could not be made.
-Weights: {weights} of {weighed} readings equal bit for bit. Logits: {exact} of {answered} equal; the others differ by at most {onnx} in
-onnxruntime and OpenVINO with inputs in full precision, {ties} where inputs are quantized (in the median place at most {middle}: an activation on the
-edge of two codes falls the other way and takes others along), and {llama} (a log-probability) in llama.cpp. Of all engines the
-perplexity is off by at most {share:.2f} % ({where}).
+Weights: {weights} of {weighed} readings equal bit for bit. Logits: {exact} of {answered} equal; with inputs in full precision the others differ by at
+most {onnx} (onnxruntime, OpenVINO), and by {llama} (a log-probability, llama.cpp). Where inputs are quantized an activation on the edge of two
+codes falls the other way, now and then, and takes others along, the more the more layers follow. Largest difference of a logit (in the median
+place): {ties}. OpenVINO finds codes by a product where the file says a division; asked about the first layer of stories260K alone it
+agrees with us to 8e-6, about the first two in 96 of 100 places. Of all engines the perplexity is off by at most {share:.2f} %
+({where}).
 """
 
 
@@ -104,16 +106,18 @@ def counted(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     answered = [(name, found, one) for name, found, one in read if "perplexity" in one]
     engines = [row for row in answered if row[2]["by"] in ("onnxruntime", "OpenVINO")]
     near = [row for row in answered if row[2]["by"] not in ("onnxruntime", "OpenVINO", "llama.cpp")]
-    inputs = [row for row in (*engines, *near) if "inputs of 8 bits" in row[1]["form"]]
+    inputs = [row for row in (*engines, *near) if "inputs of 8 bits" in row[1]["form"] and row[2]["logits"]]
     worst = max(answered, key=lambda row: abs(row[2]["perplexity"] / row[1]["ours"] - 1), default=("", {"ours": 1.0}, {"perplexity": 1.0}))
 
     def most(rows: Sequence[tuple[str, dict[str, Any], dict[str, Any]]], key: str = "logits") -> str:
         return f"{max((one[key] for _, _, one in rows), default=0.0):.1e}"
 
+    ties = [f"{by} {most(rows)} ({most(rows, 'median')})" for by in dict.fromkeys(row[2]["by"] for row in inputs)
+            if (rows := [row for row in inputs if row[2]["by"] == by])]
     return {"cells": len(cells), "refused": sum("refused" in found for found in cells), "held": sum("refused" not in found for found in cells),
             "unasked": sum("perplexity" not in one for _, _, one in read), "weighed": sum("weights" in one for _, _, one in read),
             "weights": sum(one.get("weights") == 0 for _, _, one in read), "exact": sum(one["logits"] == 0 for _, _, one in answered),
-            "onnx": most([row for row in engines if row not in inputs]), "ties": most(inputs), "middle": most(inputs, "median"),
+            "onnx": most([row for row in engines if row not in inputs]), "ties": ", ".join(ties) or "none",
             "answered": len(answered),
             "llama": most([row for row in answered if row[2]["by"] == "llama.cpp"]),
             "share": 100 * abs(worst[2]["perplexity"] / worst[1]["ours"] - 1), "where": worst[0]}

@@ -61,7 +61,7 @@ def test_the_section(runs):
     assert "| gguf: q2_k | – | [1] | not run" in made
     assert "\n1. no room\n" in made and "some values are no bf16 numbers" in made and "- a: one step a channel\n" in made
     assert "Of 6 targets asked 3 hold the model, 3 are refused" in made and "Weights: 3 of 3 readings" in made
-    assert "1.26 % (gguf:q4_0, 4 bits, zoo:gpt, llama.cpp)" in made
+    assert "1.26 %\n(gguf:q4_0, 4 bits, zoo:gpt, llama.cpp)" in made
 
 
 def test_reasons_lose_what_is_only_one_blocks(runs):
