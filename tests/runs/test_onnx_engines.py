@@ -35,7 +35,9 @@ def test_the_section(runs, tmp_path):
     assert "ResNet-20: 60 steps, batch 32" in made and "MiniLM-L6: not run yet" in made and "was not measured yet" in made
     made = runs.section([row()], {"resnet20-8-fp32": {"onnxruntime": 1.0, "OpenVINO, as it comes": 0.5}})
     assert "| resnet20, fp32 | 1.00 | 0.50 |" in made
-    assert "at most 2.0e-06" in runs.reading([row(), row(way="OpenVINO, as it comes", median=0.01)])
+    said = runs.reading([row(), row(median=1e-6), row(model="minilm", median=3e-3), row(way="OpenVINO, as it comes", median=0.01)])
+    assert "at most: OpenVINO 2.0e-06 (ResNet-20), 3.0e-03 (MiniLM-L6).\n" in said and "1.0e-02 to 1.0e-02" in said
+    assert runs.reading([row()]) == ""
     page = tmp_path / "page.md"
     page.write_text("# Results\n")
     for _ in range(2):

@@ -58,6 +58,20 @@ def test_log_probabilities(target, tmp_path, tokenizer_dir):
     assert worst < PLAIN[target] and same >= len(prompts) - (target != "f32")
 
 
+def test_every_place_of_a_text(tmp_path, tokenizer_dir):
+    model, path, prompts = asked("f32", tmp_path, tokenizer_dir)
+    found = llamacpp.each_logprob(path, prompts, k=3)
+    assert [len(places) for places in found] == [len(ids) - 1 for ids in prompts]
+    rare = 0
+    for ids, places in zip(prompts, found, strict=True):
+        ours = torch.log_softmax(model(torch.tensor([ids])).logits[0].detach().double(), -1)
+        for n, said in enumerate(places):
+            assert ids[n + 1] in said and len(said) in (3, 4)     # itself, wherever it stands, beside the first three
+            rare += len(said) == 4
+            assert max(abs(float(ours[n, i]) - p) for i, p in said.items()) < 1e-4
+    assert rare
+
+
 @pytest.mark.parametrize("target", ROUNDING)
 def test_what_differs_is_the_rounding_of_inputs(target, tmp_path, tokenizer_dir):
     model, path, prompts = asked(target, tmp_path, tokenizer_dir, num_hidden_layers=1)

@@ -3,6 +3,7 @@
 import gguf
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from by_package import file as by_package
 from tiny_llama import TEXT, checkpoint, llama
@@ -10,6 +11,8 @@ from tiny_llama import TEXT, checkpoint, llama
 from qatlas.core.error import FormatError
 from qatlas.core.qtensor import QTensor
 from qatlas.export.gguf import TARGETS, config, holds, qtensors, read, tokenizer, write
+from qatlas.export.gguf.architecture import LARGE
+from qatlas.model import foreign
 
 BLOCKS = [name for name, quant in TARGETS.items() if quant is not None]
 SMALL = {"num_hidden_layers": 1}
@@ -45,6 +48,79 @@ def test_what_the_package_quantized_comes_back(kind, tmp_path):
     path = by_package(tmp_path / "m.gguf", llama(**SMALL), kind)
     found = qtensors(path)
     assert equal(values(found), read(path)) and sum(isinstance(t, QTensor) for t in found.values()) == 7
+
+
+OTHERS = [name for name in tiny_models.OWN if not name.startswith("bert")]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("kind", ["q4_0", "q5_1"])
+def test_other_architectures_come_back_and_are_written_again(kind, name, tmp_path):
+    made = tiny_models.checkpoint(tiny_models.model(name), TARGETS[kind])
+    path = write(made, tmp_path / "m.gguf", kind)
+    found = qtensors(path)
+    assert equal(values(found), read(path)) and found.keys() == made.tensors.keys()
+    assert sum(isinstance(t, QTensor) for t in found.values()) == 7 * made.config["num_hidden_layers"]
+    made.tensors, made.config = found, config(path)
+    assert blocks(write(made, tmp_path / "again.gguf", kind)) == blocks(path)
+    before, after = (gguf.GGUFReader(tmp_path / each).fields for each in ("m.gguf", "again.gguf"))
+    assert {key: f.contents() for key, f in before.items()} == {key: f.contents() for key, f in after.items()}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures_start_as_the_model_that_was_written(name, tmp_path):
+    """Not only its tensors: the same logits, so that no number of the config is lost; codes stay codes."""
+    model = tiny_models.model(name)
+    path = write(tiny_models.checkpoint(model, TARGETS["q8_0"]), tmp_path / "m.gguf", "q8_0")
+    ids = torch.arange(80).reshape(2, 40)                         # longer than the windows
+    with torch.no_grad():
+        ours, packed, whole = (m(input_ids=ids).logits for m in (model, foreign.load(path), foreign.whole(path)))
+    assert torch.equal(ours, whole) and torch.equal(ours, packed)
+    said, own = config(path), model.config.to_dict()
+    skipped = {"architectures", "model_type", "hidden_act", "pad_token_id"}
+    assert {key: (value, own[key]) for key, value in said.items() if key in own and key not in skipped and own[key] != value} == {}
+
+
+def test_the_large_gemmas_factor_of_q(tmp_path):
+    """The 27B sizes are told by their layers."""
+    for name, layers in LARGE.items():
+        model = tiny_models.model(name, num_hidden_layers=layers, head_dim=32, query_pre_attn_scalar=32, hidden_size=64, num_attention_heads=2)
+        made = tiny_models.checkpoint(model)
+        said = config(write(made, tmp_path / f"{name}.gguf", "f32"))
+        assert said["query_pre_attn_scalar"] == 32 and said["layer_types"] == made.config["layer_types"]
+        made = tiny_models.checkpoint(tiny_models.model(name, num_hidden_layers=layers, head_dim=16, query_pre_attn_scalar=32))
+        assert config(write(made, tmp_path / f"{name}-16.gguf", "f32"))["query_pre_attn_scalar"] == 32
+
+
+def test_what_other_architectures_say_and_we_do_not_read(tmp_path):
+    def spoiled(name, key, value):
+        path = write(tiny_models.checkpoint(tiny_models.model(name)), tmp_path / f"{len(list(tmp_path.iterdir()))}.gguf", "f32")
+        return by_package_with(path, tmp_path / f"{len(list(tmp_path.iterdir()))}.gguf", {key: value})
+
+    assert "'yarn'; of qwen2 qatlas reads none and linear" in refused(spoiled("qwen2", "qwen2.rope.scaling.type", "yarn"))
+    assert "'linear'; of gemma2 qatlas reads none" in refused(spoiled("gemma2", "gemma2.rope.scaling.type", "linear"))
+    assert "sliding_window_pattern 4" in refused(spoiled("gemma3", "gemma3.attention.sliding_window_pattern", 4))
+    assert "caps its logits at 30.0" in refused(spoiled("gemma3", "gemma3.final_logit_softcapping", 30.0))
+    assert "8 experts" in refused(spoiled("qwen3", "qwen3.expert_count", 8))
+    assert "gemma2.attention.sliding_window = 0" in refused(spoiled("gemma2", "gemma2.attention.sliding_window", 0))
+    path = write(tiny_models.checkpoint(tiny_models.model("bert")), tmp_path / "bert.gguf", "f32")
+    assert "'bert'; training can start from llama, qwen2" in refused(path)
+
+
+def by_package_with(path, to, keys):
+    """The file again, with other numbers in its header."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(to, reader.get_field("general.architecture").contents())
+    said = {key: found.contents() for key, found in reader.fields.items() if not key.startswith("GGUF.") and key != "general.architecture"}
+    for key, value in {**said, **keys}.items():
+        {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}.get(type(value), lambda *_: None)(key, value)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return to
 
 
 def test_the_config_is_that_of_the_model(tmp_path):

@@ -14,7 +14,8 @@ Targets f32, f16, bf16; q8_0, q4_0, q4_1, q5_0, q5_1, iq4_nl; tq1_0, tq2_0; q2_k
     header.py              a header looked over before it is believed
     llamacpp.py            ask llama.cpp itself
     readers.py             what others read in a file
-    qtensors.py            anyone's file as QTensors, and its config
+    qtensors.py            anyone's file as QTensors
+    described.py           and the config of its model
 
 The weights that a reader gives back are `QTensor.dequantize()`, bit for bit. What llama.cpp then computes with them is close but not equal: it also
 quantizes the activations, to 8 bits in groups of 32 (Q4_0, Q8_0 ...) or 256 (TQ and K types); GGUF cannot say otherwise. docs/ and the tests state
@@ -25,9 +26,10 @@ usual size need the further scale of a tensor that llama.cpp keeps in a tensor b
 package has no decoder for it, so nothing could be proved.
 """
 
+from .described import config
 from .file import kept, plan, read, types, write
 from .fitting import TARGETS, fit, why_not
-from .qtensors import config, holds, qtensors, tokenizer
+from .qtensors import holds, qtensors, tokenizer
 from .readers import engine, logits
 
 SUFFIX = "gguf"

@@ -37,6 +37,8 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 AROUND = (*NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 PAIR = ("self_attn.q_norm", "self_attn.k_norm")
 DECODER = ("model.embed_tokens", "model.norm", "lm_head")
+PERIOD = {"gemma2": 2, "gemma3": 6}                               # every so many layers one has no window
+LARGE = {"gemma2": 46, "gemma3": 62}                              # layers of the 27B sizes
 Numbers = dict[str, Any]
 
 
@@ -153,13 +155,12 @@ def _gemma(config: dict[str, Any], names: set[str]) -> Numbers:
 
 def _windows(name: str, config: dict[str, Any], ropes: dict[str, Any]) -> Numbers:
     """Sliding windows, caps and the factor of q, of Gemma 2 and 3."""
-    layers, period = config["num_hidden_layers"], {"gemma2": 2, "gemma3": 6}[name]
+    layers, period = config["num_hidden_layers"], PERIOD[name]
     wanted = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(layers)]
     if list(config.get("layer_types") or wanted) != wanted:
         raise FormatError(f"GGUF's {name} has a layer without a window after every {period - 1} with one; layer_types says {config['layer_types']}")
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    large = layers == {"gemma2": 46, "gemma3": 62}[name]
-    factor = config["hidden_size"] // config["num_attention_heads"] if large else size
+    factor = config["hidden_size"] // config["num_attention_heads"] if layers == LARGE[name] else size
     _wants(name, config, "query_pre_attn_scalar", (factor, float(factor)))
     keys = {f"{name}.attention.sliding_window": config["sliding_window"]}
     if name == "gemma2":

@@ -54,6 +54,15 @@ def many_logprobs(path: str | Path, prompts: Sequence[str | Sequence[int]], k: i
     return [{top["id"]: top["logprob"] for top in sorted(found, key=lambda top: -top["logprob"])} for found in tops]
 
 
+def each_logprob(path: str | Path, prompts: Sequence[Sequence[int]], k: int = 10) -> list[list[dict[int, float]]]:
+    """What llama.cpp says at each place of a text: of each prompt, for each of its tokens but the first, the k most probable tokens there and the
+    token that stands there -> log-probability."""
+    names = field(open_file(path), "tokenizer.ggml.tokens") or []
+    asked = {"k": k, "all": len(names), "letter": _letter(path)}
+    answers = _ask(path, [{"each": asked | {"prompt": list(prompt)}} for prompt in prompts])
+    return [[dict(zip(ids, values, strict=True)) for ids, values in answer] for answer in answers]
+
+
 def generate(path: str | Path, text: str, n: int = 32) -> str:
     """The n most probable tokens after a text, one after the other, as text (fewer when the text ends)."""
     return str(_ask(path, [{"complete": {"prompt": text, "max_tokens": n, "temperature": 0.0, "cache_prompt": False}}])[0]["choices"][0]["text"])

@@ -40,14 +40,35 @@ def main() -> None:
 
 def _answer(server: Any, key: str, job: dict[str, Any]) -> Any:
     if "complete" in job:
-        answer = server.handle_completions(job["complete"])
-        return json.loads(answer) if isinstance(answer, str | bytes) else answer
+        return _complete(server, job["complete"])
+    if "each" in job:
+        return _each(server, **job["each"])
     (name, content), = job.items()
     body = json.dumps(content).encode()
     head = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     call = urllib.request.Request(f"{server.listening_address}/{name}", body, head)
     with urllib.request.urlopen(call, timeout=60) as reply:
         return json.load(reply)
+
+
+def _complete(server: Any, asked: dict[str, Any]) -> Any:
+    answer = server.handle_completions(asked)
+    return json.loads(answer) if isinstance(answer, str | bytes) else answer
+
+
+def _each(server: Any, prompt: list[int], k: int, all: int, letter: int) -> list[tuple[list[int], list[float]]]:
+    """At each place of a prompt but the first: tokens and their log-probabilities, the one that stands there among them. Each question is longer by
+    a token than the one before, which the server has kept."""
+    found = []
+    for n in range(1, len(prompt)):
+        for most in (k, all):                                     # the whole vocabulary is slow to say, and seldom needed
+            ask = {"max_tokens": 1, "temperature": 0.0, "logprobs": most, "cache_prompt": True, "logit_bias": [[letter, 1e6]], "prompt": prompt[:n]}
+            top = _complete(server, ask)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            if any(one["id"] == prompt[n] for one in top):
+                break
+        top = [*top[:k], *(one for one in top[k:] if one["id"] == prompt[n])]
+        found.append(([one["id"] for one in top], [one["logprob"] for one in top]))
+    return found
 
 
 if __name__ == "__main__":

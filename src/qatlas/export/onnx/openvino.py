@@ -1,7 +1,8 @@
 """OpenVINO, as a second reader and engine of the same file: it reads ONNX itself, keeps 4-bit and 8-bit constants as they are, and knows MatMulNBits.
 
-It is asked to compute in fp32, exactly, and on one thread: INT8 and INT4 weights stay what they are, a QuantizeLinear stays one, and only the order
-of sums is its own. As it comes it multiplies in 8 bits where it can, and logits move by percents of the largest
+It is asked to compute in fp32, exactly, and on one thread: INT8 and INT4 weights stay what they are, a QuantizeLinear stays one, the order of sums is
+its own. It finds the code of an input by a product in place of a division: of 6.4 million normal numbers 32 get another code than ours. As it
+comes it multiplies in 8 bits where it can, and computes in bf16 where the chip has it; logits then move by percents of the largest
 (docs/results.md#onnx-in-two-engines), as onnxruntime's do with its optimizations.
 
 INT2 it refuses ("Unsupported type"), so a file of `onnx:int2` is not asked about; the 2-bit MatMulNBits of `onnx:int2-matmulnbits` it reads, bit for
