@@ -111,7 +111,7 @@ def why_not(tensor: Any, target: str, shape: tuple[int, ...] | None = None) -> s
         return f"only matrices (out, in) are layers of this target, this one has shape {shape}"
     if getattr(tensor.grid, "signed", True) is None:
         return f"{tensor.grid} has not settled whether it is signed; weights are, write signed=True"
-    return _grid(tensor, target) or _zero(tensor) or _grain(tensor, shape) or _step(tensor, shape)
+    return _grid(tensor, target) or _zero(tensor) or _grain(tensor, target, shape) or _step(tensor, shape)
 
 
 def bits(tensor: Any, target: str) -> int | None:
@@ -162,7 +162,7 @@ def _zero(tensor: Any) -> str | None:
     return None if none else "a zero point or an offset has no place in XNNPACK's weights; take a scale without one, such as AbsMax()"
 
 
-def _grain(tensor: Any, shape: tuple[int, ...]) -> str | None:
+def _grain(tensor: Any, target: str, shape: tuple[int, ...]) -> str | None:
     try:
         size = sharing(tensor.grain, shape)
     except QuantError as error:
@@ -171,7 +171,7 @@ def _grain(tensor: Any, shape: tuple[int, ...]) -> str | None:
         return f"{tensor.grain} is no group along the inputs; take Group(n) or PerChannel()"
     if size == shape[1]:
         return None
-    if (integers(tensor.grid, 4) or (0, 1))[1] != 0:
+    if bits(tensor, target) != 4:
         return f"{tensor.grain} gives a row several steps, which XNNPACK knows of 4 bits alone; take one step a channel, or 4 bits"
     return None if size % WIDTH == 0 else f"groups of {size} are no multiple of {WIDTH}, as XNNPACK wants them; take Group({WIDTH})"
 
