@@ -13,7 +13,7 @@ from qatlas.core.quantizer import Quant
 from qatlas.core.scale import AbsMax, AbsMean, Learned, MinMax
 from qatlas.core.scheme import scheme
 from qatlas.export.executorch import TARGETS, fit, fit_input, why_not
-from qatlas.export.executorch.fitting import INPUT, bits
+from qatlas.export.executorch.fitting import IMAGE, INPUT, bits
 from qatlas.export.executorch.lower import laid
 from qatlas.model.exportable import can_export
 
@@ -61,8 +61,25 @@ def test_refused_with_the_reason_and_what_can(quant, target, words):
     assert f"executorch:{target} cannot hold" in str(refused.value) and "nearest scheme for" in str(refused.value)
 
 
-def test_a_convolution_and_a_composite_are_refused():
-    assert "only matrices" in why_not(Quant(Uniform(8)), "int8", (8, 3, 3, 3))
+@pytest.mark.parametrize("grain", [PerChannel(), PerTensor()])
+@pytest.mark.parametrize("grid", [Uniform(8), Uniform(4), Ternary()])
+def test_a_convolution_takes_8_bits_and_one_step_a_channel(grid, grain):
+    w = torch.randn(6, 5, 3, 2, generator=torch.Generator().manual_seed(0))
+    q = fit(Quant(grid, grain), "int4", (6, 5, 3, 2)).quantize(w)
+    codes, steps, wide, size = laid(q, "int4")
+    assert (wide, size, steps.shape) == (8, 0, (6,)) and torch.equal(codes.float() * steps.reshape(6, 1, 1, 1), q.dequantize())
+    assert "one a channel" in why_not(Quant(grid, Group(5)), "int8", (6, 5, 3, 2)) and "no group" in why_not(Quant(grid, PerChannel(1)), "int8", w.shape)
+
+
+def test_a_convolution_wants_one_place_for_each_image():
+    given = IMAGE.but(scale=AbsMax())
+    assert fit_input(given, "int8", object(), (6, 5, 3, 3), "Conv2d") == IMAGE
+    with pytest.raises(FormatError, match="each image in front of a convolution"):
+        fit_input(INPUT, "int8", object(), (6, 5, 3, 3), "Conv2d")
+
+
+def test_other_shapes_and_a_composite_are_refused():
+    assert "only matrices" in why_not(Quant(Uniform(8)), "int8", (8, 3, 3))
     q = Quant(Uniform(4)).quantize(W)
     assert "several parts" in why_not(Stacked([q, q]), "int4", (12, 96))
 
@@ -93,7 +110,7 @@ def test_an_input_of_a_token_gets_the_zero_that_the_engine_gives_it():
 
 @pytest.mark.parametrize("entry, held, module, words", [
     (None, True, "Linear", "in full precision, and XNNPACK"), (INPUT, False, "Linear", "before a weight in full precision"),
-    (INPUT, True, "Conv2d", "nn.Linear alone"), (INPUT, True, "Embedding", "nn.Linear alone"), (scheme("w4a8-static").input, True, "Linear", "each token"),
+    (INPUT, True, "Conv1d", "nn.Conv2d alone"), (INPUT, True, "Embedding", "nn.Conv2d alone"), (scheme("w4a8-static").input, True, "Linear", "each token"),
     (INPUT.but(grid=Uniform(4)), True, "Linear", "each token"), (Quant(Uniform(8), PerToken(), AbsMax(reach=127.5), refit=True), True, "Linear", "token"),
     (Quant(Uniform(8), PerTensor(), MinMax()), True, "Linear", "each token")])
 def test_inputs_that_have_no_place(entry, held, module, words):

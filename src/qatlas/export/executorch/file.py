@@ -17,7 +17,7 @@ from ...core.error import FormatError
 from ...core.qtensor import QTensor
 from ..checkpoint import Checkpoint, Traced, appearing, vacant
 from . import process, runtime
-from .fitting import NAME, SCHEMES, bits, known, why_not, why_not_input
+from .fitting import NAME, SCHEMES, known, why_not, why_not_input
 from .lower import laid, program, silent, stored
 
 SHOWN = 4                                                         # names of one kind that an error lists
@@ -37,14 +37,9 @@ def plan(checkpoint: Checkpoint, target: str) -> dict[str, str]:
     for name, t in checkpoint.tensors.items():
         if not isinstance(t, Tensor) and name.removesuffix(".weight") not in checkpoint.inputs:
             faults[name] = faults[name] or why_not_input(None)
-    _refuse(faults | {f"{layer}:input": why_not_input(quant) for layer, quant in checkpoint.inputs.items()}, target)
-    return {name: "fp32" if isinstance(t, Tensor) else _type(t, target) for name, t in checkpoint.tensors.items()}
-
-
-def _type(tensor: Any, target: str) -> str:
-    if isinstance(tensor, QTensor):
-        return str(stored(*laid(tensor, target))["type"])
-    return f"qint{bits(tensor, target)}"
+    axes = {name.removesuffix(".weight"): len(t.shape) for name, t in checkpoint.tensors.items() if not isinstance(t, Tensor)}
+    _refuse(faults | {f"{layer}:input": why_not_input(quant, axes.get(layer, 2)) for layer, quant in checkpoint.inputs.items()}, target)
+    return {name: str(stored(*laid(t, target))["type"]) if isinstance(t, QTensor) else "fp32" for name, t in checkpoint.tensors.items()}
 
 
 def write(checkpoint: Checkpoint, path: str | Path, target: str) -> Path:
@@ -78,7 +73,7 @@ def _prove(aside: Path) -> None:
     try:
         with silent():
             process.read(str(aside))
-    except ValueError as error:
+    except process.Strange as error:
         raise FormatError(f"ExecuTorch's compiler has changed what it was given: {error}. Fold norms into their layers before (--fold), or keep the "
                           "tensor in full precision") from None
 

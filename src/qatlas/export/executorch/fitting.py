@@ -16,13 +16,14 @@ give them (AbsMax becomes MinMax).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...core.error import FormatError, QuantError, unknown
-from ...core.grain import Group, PerChannel, PerToken
+from ...core.grain import Grain, Group, PerChannel, PerTensor, PerToken
 from ...core.grid import Uniform
 from ...core.quantizer import Quant
 from ...core.scale import AbsMax, MinMax
@@ -31,6 +32,8 @@ from ..integers import integers, sharing
 
 NAME = "executorch"
 INPUT = Quant(Uniform(8), PerToken(), MinMax())                   # XNNPACK's qdint8
+IMAGE = Quant(Uniform(8), PerChannel(0), MinMax())                # the same in front of a convolution: one place for each image
+INPUTS = {"Linear": INPUT, "Conv2d": IMAGE}
 BITS = {"int4": (4, 8), "int8": (8,)}
 TARGETS: dict[str, Quant | None] = {"int4": Quant(Uniform(4), Group(32), AbsMax(dtype="bfloat16")), "int8": Quant(Uniform(8), PerChannel(), AbsMax())}
 SCHEMES = {"int4": "w4a8-g32", "int8": "w8a8"}
@@ -70,18 +73,19 @@ def fit_input(quant: Quant | None, target: str, weight: Any, shape: tuple[int, .
         return None
     if weight is None:
         raise FormatError(f"{NAME}:{target} has no place for a quantized input before a weight in full precision; quantize both, or neither")
-    if module != "Linear":
-        raise FormatError(f"{NAME}:{target} quantizes nn.Linear alone, this layer is a {module}; keep it in full precision: keep_full(...), or "
-                          "weight=None for it in --rules")
-    plain = quant is not None and quant.but(scale=INPUT.scale, estimator=INPUT.estimator) == INPUT and type(quant.scale) in (AbsMax, MinMax)
-    moved = quant.but(scale=INPUT.scale) if quant is not None and plain else quant
-    if (why := why_not_input(moved)) is not None:
+    if module not in INPUTS:
+        raise FormatError(f"{NAME}:{target} quantizes nn.Linear and nn.Conv2d alone, this layer is a {module}; keep it in full precision: "
+                          "keep_full(...), or weight=None for it in --rules")
+    own = INPUTS[module]
+    plain = quant is not None and quant.but(scale=own.scale, estimator=own.estimator) == own and type(quant.scale) in (AbsMax, MinMax)
+    moved = quant.but(scale=own.scale) if quant is not None and plain else quant
+    if (why := why_not_input(moved, len(shape))) is not None:
         raise FormatError(f"{NAME}:{target} cannot hold this layer: {why}")
     return moved
 
 
-def why_not_input(entry: Quant | Signal | None) -> str | None:
-    """Why XNNPACK does not quantize an input like that, or None; how gradients pass is not in the file.
+def why_not_input(entry: Quant | Signal | None, axes: int = 0) -> str | None:
+    """Why XNNPACK does not quantize the input of a weight of so many axes like that (0: of any), or None; how gradients pass is not in the file.
 
     >>> why_not_input(None)
     'its input is in full precision, and XNNPACK multiplies quantized weights with 8-bit inputs alone; take w4a8, or weight and input in full precision'
@@ -90,9 +94,11 @@ def why_not_input(entry: Quant | Signal | None) -> str | None:
     if quant is None:
         return ("its input is in full precision, and XNNPACK multiplies quantized weights with 8-bit inputs alone; take w4a8, or weight and input "
                 "in full precision")
-    same = isinstance(quant.scale, MinMax) and quant.but(estimator=INPUT.estimator, scale=quant.scale.but(gradient=INPUT.scale.gradient)) == INPUT
-    return None if same else (f"its input is quantized by {quant.grid}, {quant.grain}, {quant.scale}, and XNNPACK finds a step and a zero of 8 bits for "
-                              "each token; take w4a8 with this target")
+    owns = (INPUT, IMAGE) if not axes else (INPUT if axes == 2 else IMAGE,)
+    same = isinstance(quant.scale, MinMax) and any(quant.but(estimator=own.estimator, scale=quant.scale.but(gradient=own.scale.gradient)) == own
+                                                   for own in owns)
+    wants = "each token of a linear layer's input; take w4a8 with this target" if axes != 4 else f"each image in front of a convolution; take {IMAGE!r}"
+    return None if same else f"its input is quantized by {quant.grid}, {quant.grain}, {quant.scale}, and XNNPACK finds a step and a zero of 8 bits for {wants}"
 
 
 def why_not(tensor: Any, target: str, shape: tuple[int, ...] | None = None) -> str | None:
@@ -107,28 +113,36 @@ def why_not(tensor: Any, target: str, shape: tuple[int, ...] | None = None) -> s
     shape = tuple(getattr(tensor, "shape", ()) if shape is None else shape)
     if getattr(tensor, "grid", None) is None:
         return f"a {type(tensor).__name__} is made of several parts, and a layer has one step and one code an element"
-    if len(shape) != 2:
-        return f"only matrices (out, in) are layers of this target, this one has shape {shape}"
+    if len(shape) not in (2, 4):
+        return f"only matrices (out, in) and the weights of 2-d convolutions have a place here, this one has shape {shape}"
     if getattr(tensor.grid, "signed", True) is None:
         return f"{tensor.grid} has not settled whether it is signed; weights are, write signed=True"
-    return _grid(tensor, target) or _zero(tensor) or _grain(tensor, target, shape) or _step(tensor, shape)
+    return _grid(tensor, target, len(shape)) or _zero(tensor) or _grain(tensor, target, shape) or _step(tensor, shape)
 
 
-def bits(tensor: Any, target: str) -> int | None:
-    """The fewest bits of the target whose integers are the grid's values, after a power of two; None where there are none.
+def bits(tensor: Any, target: str, axes: int = 2) -> int | None:
+    """The fewest bits of the target whose integers are the grid's values, after a power of two; None where there are none. axes: of the weight; a
+    convolution takes 8 bits.
 
     >>> from qatlas.core.scheme import weight
     >>> bits(weight(3), "int4"), bits(weight(8), "int4"), bits(weight(3), "int8")
     (4, 8, 8)
     """
-    return next((b for b in BITS[target] if tensor.grid.bits <= 8 and (integers(tensor.grid, b) or (0, 1))[1] == 0), None)
+    return next((b for b in (BITS[target] if axes == 2 else (8,)) if tensor.grid.bits <= 8 and (integers(tensor.grid, b) or (0, 1))[1] == 0), None)
 
 
-def times(tensor: Any, target: str) -> int:
+def times(tensor: Any) -> int:
     """The power of two that makes the grid's values integers."""
-    found = integers(tensor.grid, bits(tensor, target) or 8)
+    found = integers(tensor.grid, 8)
     assert found is not None, "why_not has let it through"
     return found[0]
+
+
+def neighbours(grain: Grain, shape: tuple[int, ...]) -> int | None:
+    """How many neighbours along the inputs share a step, all that one output channel has among them; None where that is no one number."""
+    if len(shape) > 2 and isinstance(grain, PerTensor | PerChannel):
+        return math.prod(shape[1:]) if isinstance(grain, PerTensor) or grain.axis == 0 else None
+    return sharing(grain, (shape[0], math.prod(shape[1:])))
 
 
 def known(target: str) -> None:
@@ -139,15 +153,15 @@ def known(target: str) -> None:
 
 def _moved(quant: Quant, shape: tuple[int, ...]) -> Quant:
     try:
-        size = sharing(quant.grain, shape) if len(shape) == 2 else None
+        size = neighbours(quant.grain, shape) if len(shape) == 2 else None
     except QuantError:
         return quant                                              # why_not says it
     narrow = size is not None and size < shape[1] and quant.scale.nested is None and quant.scale.dtype not in NARROW
     return quant.but(scale=quant.scale.but(dtype="bfloat16")) if narrow else quant
 
 
-def _grid(tensor: Any, target: str) -> str | None:
-    if bits(tensor, target) is not None:
+def _grid(tensor: Any, target: str, axes: int) -> str | None:
+    if bits(tensor, target, axes) is not None:
         return None
     if tensor.grid.bits <= 8 and integers(tensor.grid, BITS[target][-1]) is not None:
         return f"the values of {tensor.grid} do not lie around zero, and XNNPACK has no zero point for weights; take a signed grid"
@@ -164,20 +178,22 @@ def _zero(tensor: Any) -> str | None:
 
 def _grain(tensor: Any, target: str, shape: tuple[int, ...]) -> str | None:
     try:
-        size = sharing(tensor.grain, shape)
+        size = neighbours(tensor.grain, shape)
     except QuantError as error:
         return str(error)
     if size is None:
         return f"{tensor.grain} is no group along the inputs; take Group(n) or PerChannel()"
-    if size == shape[1]:
+    if size == math.prod(shape[1:]):
         return None
+    if len(shape) == 4:
+        return f"{tensor.grain} gives an output channel several steps, and XNNPACK's convolutions have one a channel; take PerChannel()"
     if bits(tensor, target) != 4:
         return f"{tensor.grain} gives a row several steps, which XNNPACK knows of 4 bits alone; take one step a channel, or 4 bits"
     return None if size % WIDTH == 0 else f"groups of {size} are no multiple of {WIDTH}, as XNNPACK wants them; take Group({WIDTH})"
 
 
 def _step(tensor: Any, shape: tuple[int, ...]) -> str | None:
-    grouped = (sharing(tensor.grain, shape) or 0) < shape[1]
+    grouped = (neighbours(tensor.grain, shape) or 0) < math.prod(shape[1:])
     if isinstance(tensor, Quant):
         if tensor.scale.nested is not None:
             return "the steps are themselves quantized, and XNNPACK holds plain ones"

@@ -24,10 +24,11 @@ from torch import Tensor
 from ...core.error import FormatError
 from ...core.qtensor import QTensor
 from ..checkpoint import MARK, Checkpoint, Traced
-from ..integers import sharing, spread
-from .fitting import bits, times
+from ..integers import spread
+from .fitting import bits, neighbours, times
 from .process import ABOUT, digest
 
+PRODUCTS = ("aten.linear.default", "aten.conv2d.default")
 PASSED = ("aten.to", "aten._assert_tensor_metadata", "aten.alias")   # between a weight and its product: the identity
 
 
@@ -78,7 +79,7 @@ def quantized(checkpoint: Checkpoint, target: str) -> tuple[Any, dict[str, Any]]
         elif tensor is not None and node.users:
             used[name] = _plain(tensor)
     for node in [node for node in graph.nodes if marked(node)]:
-        _input(module, node)
+        _input(module, node, any("conv2d" in str(user.target) for user in node.users))
     graph.eliminate_dead_code()
     module.recompile()
     said = {"target": f"executorch:{target}", "unused": [name for name in checkpoint.tensors if name not in used], "left_out": [], "tensors": used}
@@ -91,26 +92,24 @@ def marked(node: Any) -> bool:
 
 
 def laid(tensor: QTensor, target: str) -> tuple[Tensor, Tensor, int, int]:
-    """Codes int8 (out, in), steps fp32 (out,) or (out, groups), bits, and the size of a group, 0 for one step a channel."""
-    n, k = tensor.shape
-    many = times(tensor, target)
+    """Codes int8 (out, ...), steps fp32 (out,) or (out, groups), bits, and the size of a group, 0 for one step a channel."""
+    shape = tuple(tensor.shape)
+    many, size, wide = times(tensor), neighbours(tensor.grain, shape), bits(tensor, target, len(shape))
+    assert size is not None and wide is not None, "why_not has let it through"
     codes = (tensor.values() * many).to(torch.int8).cpu()
-    size = sharing(tensor.grain, (n, k))
-    assert size is not None, "why_not has let it through"
-    steps = spread(tensor.grain, (tensor.steps.detach().float() / many).cpu(), (n, k))[:, ::size].contiguous()
-    wide = bits(tensor, target)
-    assert wide is not None, "why_not has let it through"
-    return (codes, steps.flatten().clone(), wide, 0) if size == k else (codes, steps, wide, size)
+    steps = spread(tensor.grain, (tensor.steps.detach().float() / many).cpu(), shape).flatten(1)[:, ::size].contiguous()
+    return (codes, steps, wide, size) if size < codes[0].numel() else (codes, steps.flatten().clone(), wide, 0)
 
 
 def stored(codes: Tensor, steps: Tensor, wide: int, size: int) -> dict[str, Any]:
     """How XNNPACK holds it: what process.constants finds in the program."""
-    raw = codes
+    raw = codes.permute(0, 2, 3, 1).contiguous() if codes.dim() == 4 else codes
+    shape = list(raw.shape)
     if wide == 4:
         up = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2)).to(torch.uint8) + 8
         raw = up[:, 1::2] << 4 | up[:, ::2]
     kind = "qbint4" if size else f"qcint{wide}"
-    return {"type": kind, "shape": list(codes.shape), "codes": _digest(raw), "axis": 0, "scale": _digest(steps.bfloat16() if size else steps), "group": size}
+    return {"type": kind, "shape": shape, "codes": _digest(raw), "axis": 0, "scale": _digest(steps.bfloat16() if size else steps), "group": size}
 
 
 def _weight(module: Any, node: Any, name: str, tensor: QTensor, target: str) -> dict[str, Any]:
@@ -124,8 +123,12 @@ def _weight(module: Any, node: Any, name: str, tensor: QTensor, target: str) -> 
     low, high = -(2 ** (wide - 1)), 2 ** (wide - 1) - 1
     last = _identity(node)
     for user in last.users:
-        if str(user.target) != "aten.linear.default" or user.args[1] is not last:
-            raise FormatError(f"{name} goes into {user.target}, and XNNPACK quantizes the weights of linear products alone; keep it in full precision")
+        if not str(user.target).startswith(PRODUCTS) or user.args[1] is not last:
+            raise FormatError(f"{name} goes into {user.target}, and XNNPACK quantizes the weights of linear products and of 2-d convolutions alone; keep "
+                              "it in full precision")
+        if len(user.args) > 6 and user.args[6] != 1:
+            raise FormatError(f"{name} belongs to a convolution of {user.args[6]} groups, and XNNPACK quantizes inputs of one group as they come; keep it "
+                              "in full precision")
     with module.graph.inserting_before(last):
         given = [module.graph.get_attr(f"{at}_{part}") for part in ("codes", "steps", "zeros")]
         new = (module.graph.call_function(ops.dequantize_per_channel_group.default, (*given, low, high, torch.int8, size, torch.float32)) if size else
@@ -143,15 +146,20 @@ def _identity(node: Any) -> Any:
     return _identity(onward[0]) if len(onward) == len(node.users) == 1 else node
 
 
-def _input(module: Any, node: Any) -> None:
-    """The engine's own quantizer of a token in the place of a mark: one for each layer, since the partitioner takes one with each product."""
+def _input(module: Any, node: Any, whole: bool) -> None:
+    """The engine's own quantizer in the place of a mark, one for each layer, since the partitioner takes one with each product: a token's, or of the
+    whole image in front of a convolution."""
     ops: Any = torch.ops.quantized_decomposed
-    x, make = node.args[0][0], module.graph.call_function
+    x, make, ends = node.args[0][0], module.graph.call_function, (-128, 127)
     with module.graph.inserting_before(node):
-        pair = make(ops.choose_qparams_per_token_asymmetric.default, (x, torch.int8))
+        pair = (make(ops.choose_qparams.tensor, (x, *ends, torch.finfo(torch.float32).eps, torch.int8)) if whole else
+                make(ops.choose_qparams_per_token_asymmetric.default, (x, torch.int8)))
         place = tuple(make(operator.getitem, (pair, i)) for i in (0, 1))
-        codes = make(ops.quantize_per_token.default, (x, *place, -128, 127, torch.int8))
-        y = make(ops.dequantize_per_token.default, (codes, *place, -128, 127, torch.int8, torch.float32))
+        if whole:
+            y = make(ops.dequantize_per_tensor.tensor, (make(ops.quantize_per_tensor.tensor, (x, *place, *ends, torch.int8)), *place, *ends, torch.int8))
+        else:
+            codes = make(ops.quantize_per_token.default, (x, *place, *ends, torch.int8))
+            y = make(ops.dequantize_per_token.default, (codes, *place, *ends, torch.int8, torch.float32))
     node.replace_all_uses_with(y)
     module.graph.erase_node(node)
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -26,7 +28,12 @@ from torch import Tensor
 ROOM = 2**31                                                      # bytes that reading may take beyond six times the file
 ABOUT = "qatlas"                                                  # the method that says what the tensors are called
 HEADER = {"flatbuffer": (slice(10, 14), slice(14, 18))}           # of an XNNPACK payload: where its graph lies, and how long it is
+INFINITE = re.compile(rb":\s*(-?(?:inf|nan))\b")                  # flatc writes what JSON has no word for: the end of a ReLU
 KINDS = ("xnn_datatype_qcint8", "xnn_datatype_qcint4", "xnn_datatype_qbint4")
+
+
+class Strange(Exception):
+    """A program that is not of ours, or whose constants are not what it says."""
 
 
 def constants(data: bytes) -> tuple[dict[str, bytes], list[dict[str, Any]], dict[str, Any]]:
@@ -81,7 +88,7 @@ def _graph(payload: bytes) -> dict[str, Any]:
         Path(folder, "graph.bin").write_bytes(payload[start : start + size])
         Path(folder, "schema.fbs").write_bytes(schema.read_bytes())
         _flatc_decompile(folder, f"{folder}/schema.fbs", f"{folder}/graph.bin", ["--raw-binary"])
-        found: dict[str, Any] = json.loads(Path(folder, "graph.json").read_text())
+        found: dict[str, Any] = json.loads(INFINITE.sub(rb': "\1"', Path(folder, "graph.json").read_bytes()))
     return found
 
 
@@ -107,8 +114,9 @@ def _home() -> str:
 
 
 def decoded(entry: dict[str, Any], held: dict[str, bytes]) -> Tensor:
-    """(out, in): s q, as XNNPACK's types say."""
-    n, k = entry["shape"]
+    """(out, in) or (out, in, height, width): s q, as XNNPACK's types say; a convolution's codes lie (out, height, width, in)."""
+    n, *rest = entry["shape"]
+    k = math.prod(rest)
     raw = torch.frombuffer(bytearray(held[entry["codes"]]), dtype=torch.uint8)
     if entry["type"] == "qcint8":
         codes = raw.view(torch.int8).reshape(n, k).float()
@@ -116,33 +124,34 @@ def decoded(entry: dict[str, Any], held: dict[str, bytes]) -> Tensor:
         pairs = raw.reshape(n, -1)
         codes = torch.stack([pairs & 15, pairs >> 4], -1).reshape(n, -1)[:, :k].float() - 8
     steps = torch.frombuffer(bytearray(held[entry["scale"]]), dtype=torch.bfloat16 if entry["type"] == "qbint4" else torch.float32).float()
-    return codes * steps.reshape(n, -1).repeat_interleave(entry["group"] or k, 1)
+    found = (codes * steps.reshape(n, -1).repeat_interleave(entry["group"] or k, 1)).reshape(n, *rest)
+    return found if len(rest) == 1 else found.permute(0, 3, 1, 2).contiguous()
 
 
 def read(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a program of ours by name, and what it says of itself with the number of weights of each type.
 
     Raises:
-        ValueError: a program that is not of ours, or whose constants are not what it says.
+        Strange: a program that is not of ours, or whose constants are not what it says.
     """
     held, weights, said = constants(Path(path).read_bytes())
     if not said:
-        raise ValueError("it was not written by qatlas: it has no method that names its tensors")
+        raise Strange("it was not written by qatlas: it has no method that names its tensors")
     out: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     for name, entry in said["tensors"].items():
         if "plain" in entry:
             if entry["plain"] not in held:
-                raise ValueError(f"no constant of the program is {name}")
+                raise Strange(f"no constant of the program is {name}")
             out[name] = torch.frombuffer(bytearray(held[entry["plain"]]), dtype=getattr(torch, entry["dtype"])).reshape(entry["shape"])
             continue
-        if entry not in weights:
-            raise ValueError(f"no product of XNNPACK reads {name} as {entry['type']} of shape {entry['shape']}")
+        if entry not in weights or not {entry["codes"], entry["scale"]} <= held.keys():
+            raise Strange(f"no product of XNNPACK reads {name} as {entry['type']} of shape {entry['shape']}")
         out[name] = decoded(entry, held)
         counts[entry["type"]] = counts.get(entry["type"], 0) + 1
     known = [entry for entry in said["tensors"].values() if "plain" not in entry]
     if any(weight not in known for weight in weights):
-        raise ValueError("a product of XNNPACK reads a quantized weight that has no name")
+        raise Strange("a product of XNNPACK reads a quantized weight that has no name")
     return out, {"types": dict(sorted(counts.items())), **{key: value for key, value in said.items() if key != "tensors"}}
 
 
