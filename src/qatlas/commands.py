@@ -259,8 +259,8 @@ def doctor() -> int:
 
     extras = {module: "there" if find_spec(module) else f"missing: pip install 'qatlas[{extra}]'"
               for module, extra in (("compressed_tensors", "compressed-tensors"), ("torchao", "torchao"), ("xllamacpp", "llamacpp"),
-                                    ("onnxruntime", "onnx"), ("openvino", "openvino"), ("lm_eval", "eval"), ("PIL", "vision"),
-                                    ("tensorboard", "tensorboard"))}
+                                    ("onnxruntime", "onnx"), ("openvino", "openvino"), ("executorch", "executorch"),
+                                    ("lm_eval", "eval"), ("PIL", "vision"), ("tensorboard", "tensorboard"))}
     table.pairs({**versions(), **machine(), "export targets": ", ".join(targets()), **extras})
     return 0
 

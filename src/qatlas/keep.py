@@ -18,6 +18,7 @@ from .export import place as place_of
 from .export import target as find_target
 from .model.graph import graph
 from .model.pack import checkpoint, load_packed, save
+from .model.program import program
 from .record import Record
 from .train.resume import sha256
 
@@ -52,8 +53,10 @@ def export(directory: Path, target: str, model: nn.Module | None = None) -> Path
     model = load_packed(directory) if model is None else model
     has_vocabulary = (directory / "tokenizer.json").is_file()
     data = checkpoint(model, directory if has_vocabulary else None, directory.resolve().name)
-    if hasattr(form, "OPSETS"):                                   # a format that holds the computation too
+    if hasattr(form, "OPSETS"):                                   # a format that holds the computation too, as ONNX
         data.graph = graph(model, form.OPSETS[kind])
+    elif hasattr(form, "TRACED"):                                 # or as torch.export has it
+        data.graph = program(model)
     return form.write(data, place_of(directory / "exports", target), kind)
 
 

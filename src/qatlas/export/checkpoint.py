@@ -3,9 +3,9 @@
 Exporters stand below the layers and know no module. What they need is the architecture's numbers (the Hugging Face config.json as a dict), the
 tensors under their Hugging Face names, each a plain tensor or a QTensor, and where the tokenizer's files lie.
 
-A format that holds the whole computation (ONNX) needs a `Graph` too. It is traced above, by model.graph, from the model with its weights in full
-precision: initializers have the names of the tensors, and where a quantizer of activations stands there is a node `qatlas::Quantize` with the
-attribute `of`, the quantizer's address. What becomes of both is the exporter's work.
+A format that holds the whole computation (ONNX, ExecuTorch) needs a `Graph` too. It is traced above, by model.graph or model.program, from the model
+with its weights in full precision: weights have the names of the tensors, and where a quantizer of activations stands there is a node
+`qatlas::Quantize` with the attribute `of`, the quantizer's address. What becomes of both is the exporter's work.
 """
 
 from __future__ import annotations
@@ -40,8 +40,20 @@ class Signal:
 
 
 @dataclass
+class Traced:
+    """A computation as torch.export has it. module: a torch.fx.GraphModule in full precision. given: example inputs. open: which of their axes are open,
+    as torch.export takes it. names: parameter or buffer of the module -> name of the tensor."""
+
+    module: Any
+    given: tuple[Tensor, ...]
+    open: Any
+    names: dict[str, str]
+
+
+@dataclass
 class Graph:
-    """A model's computation. model: an onnx_ir.Model in full precision. signals: address -> Signal, one for each node `qatlas::Quantize`."""
+    """A model's computation. model: an onnx_ir.Model or a Traced, in full precision. signals: address -> Signal, one for each node
+    `qatlas::Quantize`."""
 
     model: Any
     signals: dict[str, Signal]

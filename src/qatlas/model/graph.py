@@ -52,9 +52,9 @@ def graph(model: nn.Module, opset: int, batch: dict[str, Tensor] | None = None) 
     except ImportError as error:
         raise FormatError(f"an ONNX graph needs {error.name}, which is not installed: pip install 'qatlas[onnx]'") from None
     batch = inputs(model) if batch is None else batch
-    shown, signals = _shown(model)
-    whole = _Whole(shown, tuple(batch))
-    with torch.no_grad(), _quiet():
+    shown, signals = plain(model)
+    whole = Whole(shown, tuple(batch))
+    with torch.no_grad(), quiet():
         whole(*batch.values())                                    # attention compares itself with the model's own here, which no trace can
         try:
             program = torch.onnx.export(whole, tuple(batch.values()), dynamo=True, opset_version=opset, optimize=False, verbose=False,
@@ -68,7 +68,7 @@ def graph(model: nn.Module, opset: int, batch: dict[str, Tensor] | None = None) 
     return Graph(program.model, signals)
 
 
-class _Whole(nn.Module):
+class Whole(nn.Module):
     """Inputs by place -> logits alone."""
 
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
@@ -108,7 +108,7 @@ class _Plain(nn.Module):
         return self.weight
 
 
-def _shown(model: nn.Module) -> tuple[nn.Module, dict[str, Signal]]:
+def plain(model: nn.Module) -> tuple[nn.Module, dict[str, Signal]]:
     """A copy with plain weights and marks, and what the marks stand for."""
     if not artefact.holds(model):
         raise QuantError(f"this {type(model).__name__} has no quantized layer; quantize(model, rules) comes first")
@@ -116,10 +116,10 @@ def _shown(model: nn.Module) -> tuple[nn.Module, dict[str, Signal]]:
     if hasattr(shown, "config"):
         shown.config.use_cache = False
     signals: dict[str, Signal] = {}
-    plain: dict[int, _Plain] = {}
+    known: dict[int, _Plain] = {}
     for name, module in list(shown.named_modules()):
         if isinstance(module, Packed):
-            module.store = plain.setdefault(id(module.store), _Plain(module.store))  # type: ignore[assignment]
+            module.store = known.setdefault(id(module.store), _Plain(module.store))  # type: ignore[assignment]
             module.answer = None
         for slot, quantizer in list(module._modules.items()):
             if isinstance(quantizer, Quantizer):
@@ -153,13 +153,16 @@ def _open(model: nn.Module, x: Tensor) -> dict[int, str]:
     return {0: "batch", 2: "height", 3: "width"} if x.dim() == 4 and not sized(model) else {0: "batch"}
 
 
-def _rename(found: Any, whole: nn.Module) -> None:
-    """Give each initializer the first name of its tensor in the state of the model, with a packed weight under its layer's name."""
+def names(whole: nn.Module) -> dict[str, str]:
+    """Each parameter and buffer of a shown model -> the first name of its tensor in the state of the model, a packed weight under its layer's name."""
     first: dict[int, str] = {}
-    known: dict[str, str] = {}
-    for name, tensor in whole.state_dict(keep_vars=True).items():
-        plain = name.removeprefix(f"{ROOT}.").replace(".store.weight", ".weight")
-        known[name] = first.setdefault(id(tensor), plain)
+    return {name: first.setdefault(id(tensor), name.removeprefix(f"{ROOT}.").replace(".store.weight", ".weight"))
+            for name, tensor in whole.state_dict(keep_vars=True).items()}
+
+
+def _rename(found: Any, whole: nn.Module) -> None:
+    """Give each initializer the name of its tensor."""
+    known = names(whole)
     for name, value in list(found.initializers.items()):
         to = known.get(name, name.removeprefix(f"{ROOT}."))
         if to != name:
@@ -169,7 +172,7 @@ def _rename(found: Any, whole: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Warnings that speak of the exporter's own work are not for the user."""
     logger = logging.getLogger(NOISY)
     before = logger.level
