@@ -16,8 +16,8 @@ Quantizers are children of the attention module: `query_quantizer`, `key_quantiz
 token they keep a decoder causal: keys and values are then quantized alike whether they come from the cache or not. What our own cache gives
 (cache.py) was quantized where it was made, bears the mark of that, and passes untouched. Probabilities lie in [0, 1] and take an unsigned grid; an
 open one (`Uniform(8, None)`) is closed to that. The symmetric grid of TernaryBERT's code wastes one bit and is taken only when it is asked for aloud,
-by `Uniform(8, narrow=True)`. None rounds the scores, in which the mask stands; `scores_quantizer` may be one that looks on and lets them pass (EdgeQAT
-chooses the bits of tokens by them).
+by `Uniform(8, narrow=True)`. None rounds the scores, in which the mask stands; `scores_quantizer` may be one that looks on and lets them pass
+(EdgeQAT chooses the bits of tokens by them).
 """
 
 from __future__ import annotations
