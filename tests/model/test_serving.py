@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import write_llama
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -30,6 +31,7 @@ from transformers import (
     ViTModel,
 )
 
+from qatlas.cli import main
 from qatlas.core.error import QuantError, RuleError
 from qatlas.core.grain import PerChannel, PerTensor
 from qatlas.core.grid import Uniform
@@ -223,3 +225,12 @@ def test_keys_changed_between_cache_and_attention_are_noticed() -> None:
         with pytest.raises(QuantError, match="LlamaAttention computes on the key between cache and attention"):
             model(IDS, past_key_values=kept)
         assert attention.HANDED not in model.model.layers[0].self_attn.__dict__ and model(IDS).logits.isfinite().all()
+
+
+def test_the_command_generates_from_codes(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, made = write_llama(tmp_path / "model"), []
+    save(quantize(LlamaForCausalLM.from_pretrained(folder), "w4a8kv4"), tmp_path / "out", tokenizer=folder)
+    own = KeyValueCache.__init__
+    monkeypatch.setattr(KeyValueCache, "__init__", lambda self, layers: (made.append(self), own(self, layers))[1])
+    assert main(["generate", str(tmp_path / "out"), "--prompt", "the cat", "--tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("the cat") and len(made) == 1 and made[0].nbytes > 0

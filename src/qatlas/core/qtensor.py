@@ -174,7 +174,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.contiguous()
     if 8 % bits == 0:                                              # no element straddles bytes
-        codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % (8 // bits))).unflatten(-1, (-1, 8 // bits))
+        codes = torch.nn.functional.pad(codes & (2**bits - 1), (0, -codes.shape[-1] % (8 // bits))).unflatten(-1, (-1, 8 // bits))
         return (codes << torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)).sum(-1, dtype=torch.uint8)
     planes = (codes.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1      # (..., n, bits)
     stream = planes.flatten(-2)                                    # (..., n * bits)
@@ -197,7 +197,7 @@ def unpack_bits(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     if 8 % bits == 0:
         each = (packed.unsqueeze(-1) >> torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)) & (2**bits - 1)
         return each.flatten(-2)[..., :n].reshape(shape)
-    stream = ((packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1).flatten(-2)
-    planes = stream[..., : n * bits].unflatten(-1, (n, bits))      # (..., n, bits)
-    weights = (1 << torch.arange(bits, device=packed.device)).to(torch.uint8)
-    return (planes * weights).sum(-1, dtype=torch.uint8).reshape(shape)
+    at = torch.arange(n, device=packed.device) * bits              # an element begins in one byte and may end in the next
+    wide = torch.nn.functional.pad(packed, (0, 1)).to(torch.int16)
+    both = wide[..., at // 8] | (wide[..., at // 8 + 1] << 8)
+    return ((both >> (at % 8)) & (2**bits - 1)).to(torch.uint8).reshape(shape)
