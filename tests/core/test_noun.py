@@ -41,8 +41,8 @@ def test_defaults_are_left_out_and_types_are_kept() -> None:
 
 @pytest.mark.parametrize("old", MOVED)
 def test_what_has_moved_is_found_where_files_of_before_look_for_it(old):
-    part = from_json({"is": old})
-    assert part.to_json()["is"] == MOVED[old] != old and from_json(part.to_json()) == part
+    part = next(noun for noun in nouns() if noun.to_json()["is"] == MOVED[old] != old)
+    assert from_json(part.to_json() | {"is": old}) == part
 
 
 @pytest.mark.parametrize("address", ["os:system", "subprocess:Popen", "core.grid:Nothing", "core.grid:QuantError", "core.grid:torch",

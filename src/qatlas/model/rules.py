@@ -30,7 +30,7 @@ from ..core.quantizer import Quant, Quantizer
 from ..core.scheme import scheme
 from ..core.transform import Transform
 from ..layers.adapter import AdapterSpec
-from ..layers.attention import SLOTS, attends
+from ..layers.attention import SLOTS, WATCHED, attends
 from ..layers.conv import QConv1d, QConv2d
 from ..layers.embedding import QEmbedding
 from ..layers.experts import QStack
@@ -240,7 +240,7 @@ def _plan(model: nn.Module, rules: Sequence[Rule]) -> tuple[dict[str, Slots], di
         said: dict[str, Any] = {}
         has = _signals(layers.get(name), modules.get(name))
         for index, rule in enumerate(rules):
-            if not (_meant(rule, name, role) and rule.address in ("", *has) and (not rule.rows or name in parted)):
+            if not (_meant(rule, name, role) and _stands(rule, has) and (not rule.rows or name in parted)):
                 continue
             if name in layers or not _wants(rule) or rule.address:
                 used.add(index)
@@ -267,6 +267,11 @@ def _signals(layer: type[Quantized] | None, module: nn.Module | None) -> tuple[s
     if layer is not None:
         return ("weight", "output") if layer is QEmbedding else ("weight", "input", "output")
     return SLOTS if module is not None and attends(module) else ()
+
+
+def _stands(rule: Rule, has: tuple[str, ...]) -> bool:
+    """Whether what a rule says may stand in a module with these signals: nothing that rounds stands at the scores."""
+    return rule.address in ("", *has) and (rule.address not in WATCHED or getattr(rule.signal, "watches", False))
 
 
 def _kept(rule: Rule) -> dict[str, None]:
