@@ -73,7 +73,7 @@ from ..train.task import Batch, Task, device, moved
 from ..train.teacher import full_precision
 
 Mode = Literal["induce", "dampen", "freeze", "plain"]
-STRENGTH = {"induce": 1.0, "dampen": 0.1}                         # lambda: ours, in need of a search; the authors' for MobileNetV2
+STRENGTH = {"induce": 300.0, "dampen": 0.1}                       # ours, for layers of some thousand weights; the authors', for MobileNetV2
 
 
 def tensors(model: nn.Module) -> Iterator[tuple[Quantizer, Tensor]]:
@@ -267,7 +267,7 @@ def oscillations(model: nn.Module, task: Task, *, mode: Mode = "induce", bits: i
     Args:
         mode: induce trains in full precision with the regulariser and rounds at the end; dampen, freeze and plain train with quantizers.
         bits: bits of the weights, 2 to 8.
-        strength: lambda of induce or dampen; None is 1 or 0.1.
+        strength: lambda of induce or dampen; None is 300 (layers of some thousand weights; larger ones want more: search) or 0.1.
         detach: the step does not hear the regulariser (induce).
         learned: learn one step a channel in place of a fresh one a matrix; None does so in all modes but induce.
         threshold: frequency of oscillation above which a weight is frozen, at the beginning; at least two or three times `momentum` (freeze).
