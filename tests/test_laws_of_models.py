@@ -130,7 +130,8 @@ def test_law_7_the_formats_own_reader_gives_the_trained_weights(form: str, kind:
         pytest.skip(module.lacks())                               # nothing is written without it
     entry = A8 if compiled else None
     model, trainer = Projections() if whole else llama(256), task(target=f"{form}:{kind}")
-    rules = [*keep_full(Role.EMBEDDING, Role.HEAD), Rule("*proj", weight=weight(bits, Group(256) if bits in (1.58, 4) else PerChannel()), input=entry)]
+    grain = Group(256) if bits in (1.58, 4) else PerChannel()
+    rules = [*keep_full(Role.EMBEDDING, Role.HEAD), Rule("*proj", weight=weight(bits, grain), input=entry)]
     try:
         quantize(model, rules, trainer)
         made = checkpoint(model)

@@ -9,7 +9,7 @@ import torch
 from tiny_llama import llama
 from torch import nn
 
-pytest.importorskip("executorch")
+pytest.importorskip("executorch.exir")
 pytest.importorskip("flatbuffers")
 
 from qatlas.core.error import FormatError
@@ -21,7 +21,7 @@ from qatlas.core.scheme import scheme
 from qatlas.export import executorch as form
 from qatlas.export.checkpoint import Checkpoint
 from qatlas.export.executorch import runtime
-from qatlas.export.executorch.fitting import INPUT
+from qatlas.export.executorch.fitting import IMAGE, INPUT
 from qatlas.keep import export
 from qatlas.model.pack import checkpoint, pack, save
 from qatlas.model.program import program
@@ -41,6 +41,20 @@ class Net(nn.Module):
     def forward(self, x):
         x = self.ternary(self.channel(self.grouped(x).relu()))
         return self.full(self.wide(self.norm(x)).sigmoid())
+
+
+class Pictures(nn.Module):
+    """Convolutions with a shortcut, whose inputs are quantized image by image."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1, bias=False)
+        self.c, self.head = nn.Conv2d(8, 8, 1, 2), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        return self.head((self.b(x) + self.c(x)).relu().mean((2, 3)))
 
 
 RULES = [Rule("grouped", weight=Quant(Uniform(4), Group(32)), input=INPUT), Rule("channel", weight=Quant(Uniform(4)), input=INPUT),
@@ -148,6 +162,35 @@ def test_a_compiler_that_changes_constants_is_found_out(data, tmp_path, monkeypa
     monkeypatch.setattr(lower, "_plain", lambda tensor: {"plain": "0" * 64, "shape": list(tensor.shape), "dtype": "float32"})
     with pytest.raises(FormatError, match="has changed what it was given"):
         form.write(data, tmp_path / "m.pte", "int4")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_small_convolution_net(tmp_path):
+    x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    rules = [Rule("head", weight=Quant(Uniform(8)), input=INPUT), Rule("*", weight=Quant(Uniform(8)), input=IMAGE)]
+    model = pack(quantize(Pictures(), rules, target="executorch:int8")).eval()
+    data = checkpoint(model)
+    data.graph = program(model, {"x": x})
+    path = form.write(data, tmp_path / "m.pte", "int8")
+    found = form.read(path)
+    assert form.types(path) == {"qcint8": 4} and form.unused(path) == ([], [])
+    for name, tensor in data.tensors.items():
+        assert torch.equal(found[name], tensor if isinstance(tensor, torch.Tensor) else tensor.dequantize()), name
+    asked = [x, 3 * x.flip(3)]
+    with torch.no_grad():
+        ours = torch.cat([model(image) for image in asked])
+    assert float((ours - form.answers(path, asked)).abs().max()) < 1e-2 * float(ours.abs().max())
+
+
+@pytest.mark.parametrize("layer, words", [(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4)), "of 4 groups"),
+                                          (nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)), "has changed what it was given.*1.weight")])
+def test_convolutions_that_are_refused(layer, words, tmp_path):
+    model = pack(quantize(layer.eval(), [Rule("*", weight=Quant(Uniform(8)), input=IMAGE)], target="executorch:int8")).eval()
+    data = checkpoint(model)
+    data.graph = program(model, {"input": torch.randn(1, 4, 8, 8)})
+    with pytest.raises(FormatError, match=words):
+        form.write(data, tmp_path / "m.pte", "int8")
     assert not list(tmp_path.iterdir())
 
 
