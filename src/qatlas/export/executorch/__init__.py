@@ -10,9 +10,9 @@
     int4            nn.Linear of 4 bits, one fp32 step a channel or one bf16 step for a group of 32, 64, ...; as int8 where 4 bits are too few
 
 XNNPACK multiplies 8-bit inputs alone. Their place is found at run time: one for each token (8da4w, 8da8w), before a convolution one for each image.
-So no batch of images was needed to calibrate, and a bias stays fp32. Quantization with static steps (XNNPACK's qs8) is not written: there XNNPACK wants
-every product's output quantized too, and rounds biases to 32-bit integers of the product's step, so that they would not come back as they were
-trained; `onnx:int8` holds static steps. Refused as well: weights with inputs in full precision (XNNPACK has no such product), zeros and offsets of
+So nothing is calibrated, and a bias stays fp32. Quantization with static steps (XNNPACK's qs8) is not written: there XNNPACK wants every product's
+output quantized too, and rounds biases to 32-bit integers of the product's step, so that they would not come back as they were trained; `onnx:int8`
+holds static steps. Refused as well: weights with inputs in full precision (XNNPACK has no such product), zeros and offsets of
 weights, groups of 8 bits, embeddings, depthwise and grouped convolutions, quantized outputs and signals inside attention. A batch norm behind a
 quantized convolution would be folded by the compiler after training: the writer finds that out and refuses; fold it before (`--fold`).
 

@@ -88,11 +88,11 @@ def why_not_input(entry: Quant | Signal | None, axes: int = 0) -> str | None:
     """Why XNNPACK does not quantize the input of a weight of so many axes like that (0: of any), or None; how gradients pass is not in the file.
 
     >>> why_not_input(None)
-    'its input is in full precision, and XNNPACK multiplies quantized weights with 8-bit inputs alone; take w4a8, or full precision for both'
+    'its input is in full precision, and XNNPACK multiplies quantized weights with 8-bit inputs alone; take w4a8, or both full'
     """
     quant = entry.quant if isinstance(entry, Signal) else entry
     if quant is None:
-        return "its input is in full precision, and XNNPACK multiplies quantized weights with 8-bit inputs alone; take w4a8, or full precision for both"
+        return "its input is in full precision, and XNNPACK multiplies quantized weights with 8-bit inputs alone; take w4a8, or both full"
     owns = (INPUT, IMAGE) if not axes else (INPUT if axes == 2 else IMAGE,)
     same = isinstance(quant.scale, MinMax) and any(quant.but(estimator=own.estimator, scale=quant.scale.but(gradient=own.scale.gradient)) == own
                                                    for own in owns)
