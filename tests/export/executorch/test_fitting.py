@@ -12,6 +12,8 @@ from qatlas.core.qtensor import Stacked
 from qatlas.core.quantizer import Quant
 from qatlas.core.scale import AbsMax, AbsMean, Learned, MinMax
 from qatlas.core.scheme import scheme
+from qatlas.export import executorch as form
+from qatlas.export.checkpoint import Checkpoint
 from qatlas.export.executorch import TARGETS, fit, fit_input, why_not
 from qatlas.export.executorch.fitting import IMAGE, INPUT, bits
 from qatlas.export.executorch.lower import laid
@@ -125,6 +127,15 @@ def test_can_export_says_the_nearest():
     assert not no.held and no.scheme == "w4a8-g32" and "full precision" in no.reason
     (no,) = can_export("w8a8-g32", "executorch:int8", (64, 64))
     assert no.scheme == "w8a8"
+
+
+def test_a_missing_package_is_found_before_training_and_says_both_ways(monkeypatch, tmp_path):
+    monkeypatch.setattr("qatlas.export.executorch.runtime.find_spec", lambda name: None)
+    for call in (lambda: form.plan(Checkpoint({}, {}), "int4"), lambda: form.write(Checkpoint({}, {}), tmp_path / "m.pte", "int4"),
+                 lambda: form.read(tmp_path / "m.pte"), lambda: form.answers(tmp_path / "m.pte", [W])):
+        with pytest.raises(FormatError, match=r"qatlas\[executorch\].*pip install --no-deps executorch"):
+            call()
+    assert form.lacks() and not list(tmp_path.iterdir())
 
 
 def test_an_unknown_target():

@@ -1,4 +1,4 @@
-"""From a traced computation to an ExecuTorch program: the trained codes in the place of the weights, q/dq nodes in the place of the marks; then
+"""From a traced computation to an ExecuTorch program. The trained codes go into the place of the weights, q/dq nodes into that of the marks; then
 XNNPACK's partitioner takes both with the product between them.
 
     w         -> dequantize_per_channel[_group](codes, steps)       a constant of XNNPACK: qcint8, qcint4, qbint4

@@ -1,4 +1,4 @@
-"""ExecuTorch itself, as a reader and an engine, in a process of its own: a file that its runtime dislikes can end the process that asked, and its
+"""ExecuTorch itself, as a reader and an engine, in a process of its own. A file that its runtime dislikes can end the process that asked, and its
 reader believes the lengths that a file states. There the memory of reading is bounded, here the time. A .pte is a flatbuffer: nothing is unpickled.
 """
 
