@@ -194,6 +194,36 @@ def test_convolutions_that_are_refused(layer, words, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def bert():
+    from transformers import BertConfig, BertForSequenceClassification
+    return BertForSequenceClassification(BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=64,
+                                                    max_position_embeddings=32, num_labels=3))
+
+
+def vit():
+    from transformers import ViTConfig, ViTForImageClassification
+    return ViTForImageClassification(ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=8,
+                                               patch_size=4, num_labels=3))
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32, bos_token_id=0, eos_token_id=0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make, count", [(bert, 8), (vit, 8), (gpt2, 4)])
+def test_other_models(make, count, tmp_path):
+    torch.manual_seed(0)
+    w8 = Quant(Uniform(8))
+    full = [] if make is vit else keep_full("@embedding", *(["@head"] if make is gpt2 else []))
+    rules = [*full, *([Rule("*projection", weight=w8, input=IMAGE)] if make is vit else []), Rule("*", weight=w8, input=INPUT)]
+    save(pack(quantize(make().eval(), rules, target="executorch:int8")), tmp_path)
+    export(tmp_path, "executorch:int8")
+    proofs = [proof for proof in verify(tmp_path, "executorch:int8") if proof.claim.startswith("executorch")]
+    assert [proof.passed for proof in proofs] == [True, True] and f"{count} qcint8" in proofs[0].result, proofs
+
+
 @pytest.mark.slow
 def test_a_llama_is_trained_for_it_written_and_verified(tmp_path):
     model = llama(tied=True, hidden_size=64, intermediate_size=96, num_hidden_layers=1)

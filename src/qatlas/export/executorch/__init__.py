@@ -6,7 +6,7 @@
     process.py      a program's constants, and ExecuTorch's runtime, in a process of their own
     runtime.py      how that process is asked
 
-    int8            nn.Linear and nn.Conv2d of 8 bits, one step a channel
+    int8            nn.Linear (GPT-2's Conv1D too) and nn.Conv2d of 8 bits, one step a channel
     int4            nn.Linear of 4 bits, one fp32 step a channel or one bf16 step for a group of 32, 64, ...; as int8 where 4 bits are too few
 
 XNNPACK multiplies 8-bit inputs alone. Their place is found at run time: one for each token (8da4w, 8da8w), before a convolution one for each image.

@@ -3,7 +3,7 @@
 XNNPACK has no products of quantized weights with inputs in full precision: a layer's input is quantized too, in 8 bits, with a step and a zero found
 at run time.
 
-    the layer   nn.Linear, and nn.Conv2d of one group
+    the layer   nn.Linear, GPT-2's Conv1D, and nn.Conv2d of one group
     the grid    integers of 4 or 8 bits (convolutions: 8), also after a power of two (export/integers.py); not after a shift, since there is no zero
     the zero    none: weights are symmetric
     the grain   one step a channel, in fp32; matrices of 4 bits also groups of 32, or of a multiple of that, whose steps are bf16
@@ -33,7 +33,7 @@ from ..integers import integers, sharing
 NAME = "executorch"
 INPUT = Quant(Uniform(8), PerToken(), MinMax())                   # XNNPACK's qdint8
 IMAGE = Quant(Uniform(8), PerChannel(0), MinMax())                # the same in front of a convolution: one place for each image
-INPUTS = {"Linear": INPUT, "Conv2d": IMAGE}
+INPUTS = {"Linear": INPUT, "Conv1D": INPUT, "Conv2d": IMAGE}     # Conv1D is GPT-2's linear, another way round
 BITS = {"int4": (4, 8), "int8": (8,)}
 TARGETS: dict[str, Quant | None] = {"int4": Quant(Uniform(4), Group(32), AbsMax(dtype="bfloat16")), "int8": Quant(Uniform(8), PerChannel(), AbsMax())}
 SCHEMES = {"int4": "w4a8-g32", "int8": "w8a8"}

@@ -29,7 +29,8 @@ from .fitting import bits, neighbours, times
 from .process import ABOUT, digest
 
 PRODUCTS = ("aten.linear.default", "aten.conv2d.default")
-PASSED = ("aten.to", "aten._assert_tensor_metadata", "aten.alias")   # between a weight and its product: the identity
+SAID = "aten._assert_tensor_metadata"
+PASSED = ("aten.to", "aten.alias")                                # between a weight and its product: the identity
 
 
 def program(checkpoint: Checkpoint, target: str) -> bytes:
@@ -71,6 +72,9 @@ def quantized(checkpoint: Checkpoint, target: str) -> tuple[Any, dict[str, Any]]
     module = copy.deepcopy(traced.module)
     graph, known = module.graph, traced.names
     used: dict[str, dict[str, Any]] = {}
+    for node in [node for node in graph.nodes if str(node.target).startswith(SAID)]:
+        graph.erase_node(node)                                    # what is said of a tensor's type keeps alive that somebody read it (ViT)
+    graph.eliminate_dead_code()
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
         name = known.get(node.target, node.target)
         tensor = checkpoint.tensors.get(name)
@@ -139,9 +143,6 @@ def _weight(module: Any, node: Any, name: str, tensor: QTensor, target: str) -> 
 
 def _identity(node: Any) -> Any:
     """The last of the nodes that pass a tensor on as it is."""
-    for user in list(node.users):
-        if str(user.target).startswith(PASSED[1]):
-            user.graph.erase_node(user)
     onward = [user for user in node.users if str(user.target).startswith(PASSED)]
     return _identity(onward[0]) if len(onward) == len(node.users) == 1 else node
 
