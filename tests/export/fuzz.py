@@ -29,8 +29,8 @@ WATCHED = ("pickle.find_class", "os.system", "subprocess.Popen", "os.exec", "os.
 SINGLE = (".gguf", ".onnx")                                       # artefacts of one file; others are directories
 SMALL = {"num_hidden_layers": 1}
 READERS = ("holds", "read", "qtensors", "types", "unused")        # of a format: path ->
-APART = ("executorch",)                                           # read by its own package in a child with bounded memory and time: seconds a file, and
-                                                                  # absent where the tests run; tests/export/executorch spoils some
+APART = ("executorch",)                                           # asked in a child with bounded memory and time, seconds a file, and absent
+                                                                  # where the tests run; tests/export/executorch spoils some
 SLOW = ("model", "logits", "answers")                             # transformers or onnxruntime run the file: asked of some
 
 

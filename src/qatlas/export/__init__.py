@@ -27,6 +27,8 @@ and where they make sense
                  asked about, or None) and start; `read` and `answers` take one of them, the first by default
     answers      file, inputs, engine -> the logits that it computes
     unused       file -> tensors that the computation does not use, and quantizers of activations that it leaves out
+    OPSETS       target -> the opset of the graph that `write` takes (model.graph); or
+    TRACED       of a format whose `write` takes the computation as torch.export has it (model.program)
 
 and, where others' artefacts are the start of further training,
 

@@ -41,8 +41,8 @@ class Signal:
 
 @dataclass
 class Traced:
-    """A computation as torch.export has it. module: a torch.fx.GraphModule in full precision. given: example inputs. open: which of their axes are open,
-    as torch.export takes it. names: parameter or buffer of the module -> name of the tensor."""
+    """A computation as torch.export has it. module: a torch.fx.GraphModule in full precision. given: example inputs. open: which of their axes are
+    open, as torch.export takes it. names: parameter or buffer of the module -> name of the tensor."""
 
     module: Any
     given: tuple[Tensor, ...]

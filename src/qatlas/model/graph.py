@@ -154,7 +154,7 @@ def _open(model: nn.Module, x: Tensor) -> dict[int, str]:
 
 
 def names(whole: nn.Module) -> dict[str, str]:
-    """Each parameter and buffer of a shown model -> the first name of its tensor in the state of the model, a packed weight under its layer's name."""
+    """Parameter or buffer of a shown model -> the first name of its tensor in the state of the model; a packed weight has its layer's name."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(tensor), name.removeprefix(f"{ROOT}.").replace(".store.weight", ".weight"))
             for name, tensor in whole.state_dict(keep_vars=True).items()}

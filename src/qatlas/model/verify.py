@@ -9,6 +9,7 @@
                          where the format says that its layers quantize inputs in another order of operations)
     onnxruntime          a file that holds the whole computation: the logits of the trained model, within TIES or SUMS of the largest
     OpenVINO             the same file: every weight bit for bit by its reading, and the same logits, where it is installed and reads such a file
+    ExecuTorch           a program for XNNPACK: the logits of the trained model, within TIES of the largest
     the engine           llama.cpp itself: close, not equal, since it rounds the inputs of every product in its own way (see export.gguf.llamacpp)
 
 All but logits of engines are equalities: a single bit is a failure. onnxruntime and OpenVINO sum in another order, and where activations are

@@ -9,7 +9,7 @@ import torch
 from tiny_llama import llama
 from torch import nn
 
-pytest.importorskip("executorch")
+pytest.importorskip("executorch.exir")
 pytest.importorskip("flatbuffers")
 
 from qatlas.core.error import FormatError
@@ -21,7 +21,7 @@ from qatlas.core.scheme import scheme
 from qatlas.export import executorch as form
 from qatlas.export.checkpoint import Checkpoint
 from qatlas.export.executorch import runtime
-from qatlas.export.executorch.fitting import INPUT
+from qatlas.export.executorch.fitting import IMAGE, INPUT
 from qatlas.keep import export
 from qatlas.model.pack import checkpoint, pack, save
 from qatlas.model.program import program
@@ -41,6 +41,20 @@ class Net(nn.Module):
     def forward(self, x):
         x = self.ternary(self.channel(self.grouped(x).relu()))
         return self.full(self.wide(self.norm(x)).sigmoid())
+
+
+class Pictures(nn.Module):
+    """Convolutions with a shortcut, whose inputs are quantized image by image."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1, bias=False)
+        self.c, self.head = nn.Conv2d(8, 8, 1, 2), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        return self.head((self.b(x) + self.c(x)).relu().mean((2, 3)))
 
 
 RULES = [Rule("grouped", weight=Quant(Uniform(4), Group(32)), input=INPUT), Rule("channel", weight=Quant(Uniform(4)), input=INPUT),
@@ -149,6 +163,65 @@ def test_a_compiler_that_changes_constants_is_found_out(data, tmp_path, monkeypa
     with pytest.raises(FormatError, match="has changed what it was given"):
         form.write(data, tmp_path / "m.pte", "int4")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_small_convolution_net(tmp_path):
+    x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    rules = [Rule("head", weight=Quant(Uniform(8)), input=INPUT), Rule("*", weight=Quant(Uniform(8)), input=IMAGE)]
+    model = pack(quantize(Pictures(), rules, target="executorch:int8")).eval()
+    data = checkpoint(model)
+    data.graph = program(model, {"x": x})
+    path = form.write(data, tmp_path / "m.pte", "int8")
+    found = form.read(path)
+    assert form.types(path) == {"qcint8": 4} and form.unused(path) == ([], [])
+    for name, tensor in data.tensors.items():
+        assert torch.equal(found[name], tensor if isinstance(tensor, torch.Tensor) else tensor.dequantize()), name
+    asked = [x, 3 * x.flip(3)]
+    with torch.no_grad():
+        ours = torch.cat([model(image) for image in asked])
+    assert float((ours - form.answers(path, asked)).abs().max()) < 1e-2 * float(ours.abs().max())
+
+
+@pytest.mark.parametrize("layer, words", [(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4)), "of 4 groups"),
+                                          (nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)), "has changed what it was given.*1.weight")])
+def test_convolutions_that_are_refused(layer, words, tmp_path):
+    model = pack(quantize(layer.eval(), [Rule("*", weight=Quant(Uniform(8)), input=IMAGE)], target="executorch:int8")).eval()
+    data = checkpoint(model)
+    data.graph = program(model, {"input": torch.randn(1, 4, 8, 8)})
+    with pytest.raises(FormatError, match=words):
+        form.write(data, tmp_path / "m.pte", "int8")
+    assert not list(tmp_path.iterdir())
+
+
+def bert():
+    from transformers import BertConfig, BertForSequenceClassification
+    return BertForSequenceClassification(BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=64,
+                                                    max_position_embeddings=32, num_labels=3))
+
+
+def vit():
+    from transformers import ViTConfig, ViTForImageClassification
+    return ViTForImageClassification(ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=8,
+                                               patch_size=4, num_labels=3))
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32, bos_token_id=0, eos_token_id=0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make, count", [(bert, 8), (vit, 8), (gpt2, 4)])
+def test_other_models(make, count, tmp_path):
+    torch.manual_seed(0)
+    w8 = Quant(Uniform(8))
+    full = [] if make is vit else keep_full("@embedding", *(["@head"] if make is gpt2 else []))
+    rules = [*full, *([Rule("*projection", weight=w8, input=IMAGE)] if make is vit else []), Rule("*", weight=w8, input=INPUT)]
+    save(pack(quantize(make().eval(), rules, target="executorch:int8")), tmp_path)
+    export(tmp_path, "executorch:int8")
+    proofs = [proof for proof in verify(tmp_path, "executorch:int8") if proof.claim.startswith("executorch")]
+    assert [proof.passed for proof in proofs] == [True, True] and f"{count} qcint8" in proofs[0].result, proofs
 
 
 @pytest.mark.slow

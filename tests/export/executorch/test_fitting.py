@@ -12,6 +12,8 @@ from qatlas.core.qtensor import Stacked
 from qatlas.core.quantizer import Quant
 from qatlas.core.scale import AbsMax, AbsMean, Learned, MinMax
 from qatlas.core.scheme import scheme
+from qatlas.export import executorch as form
+from qatlas.export.checkpoint import Checkpoint
 from qatlas.export.executorch import TARGETS, fit, fit_input, why_not
 from qatlas.export.executorch.fitting import IMAGE, INPUT, bits
 from qatlas.export.executorch.lower import laid
@@ -68,7 +70,7 @@ def test_a_convolution_takes_8_bits_and_one_step_a_channel(grid, grain):
     q = fit(Quant(grid, grain), "int4", (6, 5, 3, 2)).quantize(w)
     codes, steps, wide, size = laid(q, "int4")
     assert (wide, size, steps.shape) == (8, 0, (6,)) and torch.equal(codes.float() * steps.reshape(6, 1, 1, 1), q.dequantize())
-    assert "one a channel" in why_not(Quant(grid, Group(5)), "int8", (6, 5, 3, 2)) and "no group" in why_not(Quant(grid, PerChannel(1)), "int8", w.shape)
+    assert "one a channel" in why_not(Quant(grid, Group(5)), "int8", w.shape) and "no group" in why_not(Quant(grid, PerChannel(1)), "int8", w.shape)
 
 
 def test_a_convolution_wants_one_place_for_each_image():
@@ -110,8 +112,9 @@ def test_an_input_of_a_token_gets_the_zero_that_the_engine_gives_it():
 
 @pytest.mark.parametrize("entry, held, module, words", [
     (None, True, "Linear", "in full precision, and XNNPACK"), (INPUT, False, "Linear", "before a weight in full precision"),
-    (INPUT, True, "Conv1d", "nn.Conv2d alone"), (INPUT, True, "Embedding", "nn.Conv2d alone"), (scheme("w4a8-static").input, True, "Linear", "each token"),
-    (INPUT.but(grid=Uniform(4)), True, "Linear", "each token"), (Quant(Uniform(8), PerToken(), AbsMax(reach=127.5), refit=True), True, "Linear", "token"),
+    (INPUT, True, "Conv1d", "nn.Conv2d alone"), (INPUT, True, "Embedding", "nn.Conv2d alone"),
+    (scheme("w4a8-static").input, True, "Linear", "each token"), (INPUT.but(grid=Uniform(4)), True, "Linear", "each token"),
+    (Quant(Uniform(8), PerToken(), AbsMax(reach=127.5), refit=True), True, "Linear", "token"),
     (Quant(Uniform(8), PerTensor(), MinMax()), True, "Linear", "each token")])
 def test_inputs_that_have_no_place(entry, held, module, words):
     with pytest.raises(FormatError, match=words):
@@ -124,6 +127,15 @@ def test_can_export_says_the_nearest():
     assert not no.held and no.scheme == "w4a8-g32" and "full precision" in no.reason
     (no,) = can_export("w8a8-g32", "executorch:int8", (64, 64))
     assert no.scheme == "w8a8"
+
+
+def test_a_missing_package_is_found_before_training_and_says_both_ways(monkeypatch, tmp_path):
+    monkeypatch.setattr("qatlas.export.executorch.runtime.find_spec", lambda name: None)
+    for call in (lambda: form.plan(Checkpoint({}, {}), "int4"), lambda: form.write(Checkpoint({}, {}), tmp_path / "m.pte", "int4"),
+                 lambda: form.read(tmp_path / "m.pte"), lambda: form.answers(tmp_path / "m.pte", [W])):
+        with pytest.raises(FormatError, match=r"qatlas\[executorch\].*pip install --no-deps executorch"):
+            call()
+    assert form.lacks() and not list(tmp_path.iterdir())
 
 
 def test_an_unknown_target():

@@ -1,8 +1,8 @@
-"""Writing and reading a .pte. Everything that the target cannot hold is refused before the program is compiled, all of it by name; the file appears under
-its name only when it is whole and its constants are the trained ones; one that exists is not overwritten.
+"""Writing and reading a .pte. Everything that the target cannot hold is refused before the program is compiled, all of it by name; the file appears
+under its name only when it is whole and its constants are the trained ones; one that exists is not overwritten.
 
-A program has no names for its constants. So it has a second method, `qatlas`, a constant: JSON that says the target, which tensors the computation does
-not use, and for each tensor the sha256 of its bytes, which is the name under which XNNPACK keeps a constant.
+A program has no names for its constants. So it has a second method, `qatlas`, a constant: JSON that says the target, which tensors the computation
+does not use, and for each tensor the sha256 of its bytes, which is the name under which XNNPACK keeps a constant.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def plan(checkpoint: Checkpoint, target: str) -> dict[str, str]:
     if (missing := runtime.lacks()) is not None:
         raise FormatError(missing)
     faults = {name: why_not(t, target) for name, t in checkpoint.tensors.items() if not isinstance(t, Tensor)}
-    faults |= {address: "no signal but a layer's input has a place in XNNPACK's products" for address in checkpoint.signals}
+    faults |= dict.fromkeys(checkpoint.signals, "no signal but a layer's input has a place in XNNPACK's products")
     for name, t in checkpoint.tensors.items():
         if not isinstance(t, Tensor) and name.removesuffix(".weight") not in checkpoint.inputs:
             faults[name] = faults[name] or why_not_input(None)
@@ -58,7 +58,7 @@ def write(checkpoint: Checkpoint, path: str | Path, target: str) -> Path:
     if checkpoint.graph is None or not isinstance(checkpoint.graph.model, Traced):
         raise FormatError("an ExecuTorch program holds the whole computation, and this checkpoint has none; set checkpoint.graph = "
                           "qatlas.model.program.program(model)")
-    broken = {name: "it holds NaN or infinity" for name, t in checkpoint.tensors.items()
+    broken: dict[str, str | None] = {name: "it holds NaN or infinity" for name, t in checkpoint.tensors.items()
               if isinstance(t, Tensor) and t.is_floating_point() and not torch.isfinite(t).all()}
     _refuse(broken | {address: why_not_input(signal) for address, signal in checkpoint.graph.signals.items()}, target)
     data = program(checkpoint, target)

@@ -1,17 +1,17 @@
 """Which trained numbers XNNPACK holds exactly, and the rule that moves a Quant onto it.
 
-XNNPACK has no products of quantized weights with inputs in full precision: a layer's input is quantized too, in 8 bits, a step and a zero for each
-token, found at run time.
+XNNPACK has no products of quantized weights with inputs in full precision: a layer's input is quantized too, in 8 bits, with a step and a zero found
+at run time.
 
-    the layer   nn.Linear; the product that XNNPACK has for such inputs
-    the grid    integers of 4 or 8 bits, also after a power of two (export/integers.py); not after a shift, since there is no zero
+    the layer   nn.Linear, GPT-2's Conv1D, and nn.Conv2d of one group
+    the grid    integers of 4 or 8 bits (convolutions: 8), also after a power of two (export/integers.py); not after a shift, since there is no zero
     the zero    none: weights are symmetric
-    the grain   one step a channel, in fp32; under 4 bits also groups of 32, or of a multiple of that, whose steps are bf16
+    the grain   one step a channel, in fp32; matrices of 4 bits also groups of 32, or of a multiple of that, whose steps are bf16
     the step    positive and normal; one that is itself quantized has no place
-    the input   Uniform(8), PerToken(), MinMax(): a step and a zero for each token
+    the input   Uniform(8), PerToken(), MinMax(): a step and a zero for each token; in front of a convolution PerChannel(0), one for each image
 
-Nothing is rounded and nothing is quantized again. `fit` makes the steps of groups bf16, and gives a token's 8 signed bits the zero that the engine will
-give them (AbsMax becomes MinMax).
+Nothing is rounded and nothing is quantized again. `fit` makes the steps of groups bf16, and gives an input's 8 signed bits the zero that the engine
+will give them (AbsMax becomes MinMax).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ..integers import integers, sharing
 NAME = "executorch"
 INPUT = Quant(Uniform(8), PerToken(), MinMax())                   # XNNPACK's qdint8
 IMAGE = Quant(Uniform(8), PerChannel(0), MinMax())                # the same in front of a convolution: one place for each image
-INPUTS = {"Linear": INPUT, "Conv2d": IMAGE}
+INPUTS = {"Linear": INPUT, "Conv1D": INPUT, "Conv2d": IMAGE}     # Conv1D is GPT-2's linear, another way round
 BITS = {"int4": (4, 8), "int8": (8,)}
 TARGETS: dict[str, Quant | None] = {"int4": Quant(Uniform(4), Group(32), AbsMax(dtype="bfloat16")), "int8": Quant(Uniform(8), PerChannel(), AbsMax())}
 SCHEMES = {"int4": "w4a8-g32", "int8": "w8a8"}
@@ -88,17 +88,17 @@ def why_not_input(entry: Quant | Signal | None, axes: int = 0) -> str | None:
     """Why XNNPACK does not quantize the input of a weight of so many axes like that (0: of any), or None; how gradients pass is not in the file.
 
     >>> why_not_input(None)
-    'its input is in full precision, and XNNPACK multiplies quantized weights with 8-bit inputs alone; take w4a8, or weight and input in full precision'
+    'its input is in full precision, and XNNPACK multiplies quantized weights with 8-bit inputs alone; take w4a8, or both full'
     """
     quant = entry.quant if isinstance(entry, Signal) else entry
     if quant is None:
-        return ("its input is in full precision, and XNNPACK multiplies quantized weights with 8-bit inputs alone; take w4a8, or weight and input "
-                "in full precision")
+        return "its input is in full precision, and XNNPACK multiplies quantized weights with 8-bit inputs alone; take w4a8, or both full"
     owns = (INPUT, IMAGE) if not axes else (INPUT if axes == 2 else IMAGE,)
     same = isinstance(quant.scale, MinMax) and any(quant.but(estimator=own.estimator, scale=quant.scale.but(gradient=own.scale.gradient)) == own
                                                    for own in owns)
-    wants = "each token of a linear layer's input; take w4a8 with this target" if axes != 4 else f"each image in front of a convolution; take {IMAGE!r}"
-    return None if same else f"its input is quantized by {quant.grid}, {quant.grain}, {quant.scale}, and XNNPACK finds a step and a zero of 8 bits for {wants}"
+    wants = f"each image in front of a convolution; take {IMAGE!r}" if axes == 4 else "each token of a linear layer's input; take w4a8"
+    found = f"{quant.grid}, {quant.grain}, {quant.scale}"
+    return None if same else f"its input is quantized by {found}, and XNNPACK finds a step and a zero of 8 bits for {wants}"
 
 
 def why_not(tensor: Any, target: str, shape: tuple[int, ...] | None = None) -> str | None:

@@ -1,10 +1,10 @@
-"""From a traced computation to an ExecuTorch program: the trained codes in the place of the weights, q/dq nodes in the place of the marks, then XNNPACK.
+"""From a traced computation to an ExecuTorch program. The trained codes go into the place of the weights, q/dq nodes into that of the marks; then
+XNNPACK's partitioner takes both with the product between them.
 
-    w         -> dequantize_per_channel[_group](codes, steps)                     a constant of XNNPACK: qcint8, qcint4, qbint4
-    mark(x)   -> choose_qparams_per_token_asymmetric, quantize, dequantize        the engine's own, at run time: qdint8
+    w         -> dequantize_per_channel[_group](codes, steps)       a constant of XNNPACK: qcint8, qcint4, qbint4
+    mark(x)   -> choose_qparams, quantize, dequantize               the engine's own, at run time: qdint8; of a token, or of an image before a conv2d
 
-XNNPACK takes the three around a linear product as one node. What it would not take stays behind as an operator that the runtime does not have; such a
-program is refused here.
+What it would not take stays behind as an operator that the runtime does not have; such a program is refused here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from .fitting import bits, neighbours, times
 from .process import ABOUT, digest
 
 PRODUCTS = ("aten.linear.default", "aten.conv2d.default")
-PASSED = ("aten.to", "aten._assert_tensor_metadata", "aten.alias")   # between a weight and its product: the identity
+SAID = "aten._assert_tensor_metadata"
+PASSED = ("aten.to", "aten.alias")                                # between a weight and its product: the identity
 
 
 def program(checkpoint: Checkpoint, target: str) -> bytes:
@@ -52,8 +53,8 @@ def program(checkpoint: Checkpoint, target: str) -> bytes:
                                                compile_config=EdgeCompileConfig(_check_ir_validity=False))
             left = _left(edge.exported_program().graph)
             if left:
-                raise FormatError(f"XNNPACK does not take all quantized products: {', '.join(left)} stayed behind, which its runtime lacks. A layer's "
-                                  "quantized input must go into that layer's product alone")
+                raise FormatError(f"XNNPACK does not take all quantized products: {', '.join(left)} stayed behind, which its runtime lacks. A "
+                                  "layer's quantized input must go into that layer's product alone")
             return bytes(edge.to_executorch().buffer)
         except FormatError:
             raise
@@ -71,6 +72,9 @@ def quantized(checkpoint: Checkpoint, target: str) -> tuple[Any, dict[str, Any]]
     module = copy.deepcopy(traced.module)
     graph, known = module.graph, traced.names
     used: dict[str, dict[str, Any]] = {}
+    for node in [node for node in graph.nodes if str(node.target).startswith(SAID)]:
+        graph.erase_node(node)                                    # what is said of a tensor's type keeps alive that somebody read it (ViT)
+    graph.eliminate_dead_code()
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
         name = known.get(node.target, node.target)
         tensor = checkpoint.tensors.get(name)
@@ -124,11 +128,11 @@ def _weight(module: Any, node: Any, name: str, tensor: QTensor, target: str) -> 
     last = _identity(node)
     for user in last.users:
         if not str(user.target).startswith(PRODUCTS) or user.args[1] is not last:
-            raise FormatError(f"{name} goes into {user.target}, and XNNPACK quantizes the weights of linear products and of 2-d convolutions alone; keep "
-                              "it in full precision")
+            raise FormatError(f"{name} goes into {user.target}, and XNNPACK quantizes the weights of linear products and of 2-d convolutions alone; "
+                              "keep it in full precision")
         if len(user.args) > 6 and user.args[6] != 1:
-            raise FormatError(f"{name} belongs to a convolution of {user.args[6]} groups, and XNNPACK quantizes inputs of one group as they come; keep it "
-                              "in full precision")
+            raise FormatError(f"{name} belongs to a convolution of {user.args[6]} groups, and XNNPACK quantizes inputs of one group as they come; "
+                              "keep it in full precision")
     with module.graph.inserting_before(last):
         given = [module.graph.get_attr(f"{at}_{part}") for part in ("codes", "steps", "zeros")]
         new = (module.graph.call_function(ops.dequantize_per_channel_group.default, (*given, low, high, torch.int8, size, torch.float32)) if size else
@@ -139,9 +143,6 @@ def _weight(module: Any, node: Any, name: str, tensor: QTensor, target: str) -> 
 
 def _identity(node: Any) -> Any:
     """The last of the nodes that pass a tensor on as it is."""
-    for user in list(node.users):
-        if str(user.target).startswith(PASSED[1]):
-            user.graph.erase_node(user)
     onward = [user for user in node.users if str(user.target).startswith(PASSED)]
     return _identity(onward[0]) if len(onward) == len(node.users) == 1 else node
 
@@ -156,7 +157,8 @@ def _input(module: Any, node: Any, whole: bool) -> None:
                 make(ops.choose_qparams_per_token_asymmetric.default, (x, torch.int8)))
         place = tuple(make(operator.getitem, (pair, i)) for i in (0, 1))
         if whole:
-            y = make(ops.dequantize_per_tensor.tensor, (make(ops.quantize_per_tensor.tensor, (x, *place, *ends, torch.int8)), *place, *ends, torch.int8))
+            codes = make(ops.quantize_per_tensor.tensor, (x, *place, *ends, torch.int8))
+            y = make(ops.dequantize_per_tensor.tensor, (codes, *place, *ends, torch.int8))
         else:
             codes = make(ops.quantize_per_token.default, (x, *place, *ends, torch.int8))
             y = make(ops.dequantize_per_token.default, (codes, *place, *ends, torch.int8, torch.float32))
@@ -180,7 +182,8 @@ def _opened(traced: Traced) -> Any:
 
 def _left(graph: Any) -> list[str]:
     """Quantizers that no delegate took."""
-    return sorted({str(node.target).split(".")[-2] for node in graph.nodes if node.op == "call_function" and "quantized_decomposed" in str(node.target)})
+    names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    return sorted({name.split(".")[-2] for name in names if "quantized_decomposed" in name})
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
-"""The other side of runtime.py: a JSON request on stdin, a JSON answer on stdout, tensors in safetensors files beside each other. Run as a file, so that
-it imports nothing of ours and none of executorch's compilers, which take 15 seconds to import: only its serializer, and its runtime, which is one library.
+"""The other side of runtime.py. A JSON request on stdin, a JSON answer on stdout, tensors in safetensors files. Run as a file, so that it imports
+nothing of ours and none of executorch's compilers, which take 15 seconds to import: only its serializer, and its runtime, which is one library.
 
     {"read": path, "to": folder}    the constants of a program: weights.safetensors; the answer is what the program says of itself, and the types
     {"ask": path, "to": folder}     inputs.safetensors -> outputs.safetensors, by ExecuTorch's runtime

@@ -1,4 +1,4 @@
-"""ExecuTorch itself, as a reader and an engine, in a process of its own: a file that its runtime dislikes can end the process that asked, and its
+"""ExecuTorch itself, as a reader and an engine, in a process of its own. A file that its runtime dislikes can end the process that asked, and its
 reader believes the lengths that a file states. There the memory of reading is bounded, here the time. A .pte is a flatbuffer: nothing is unpickled.
 """
 
@@ -27,7 +27,8 @@ MISSING = ("ExecuTorch is not installed: pip install 'qatlas[executorch]'; where
 
 def lacks() -> str | None:
     """The sentence for the missing package, or None."""
-    return None if find_spec("executorch") is not None and find_spec("flatbuffers") is not None else MISSING
+    there = find_spec("executorch") is not None and find_spec("executorch.exir") is not None     # a folder of that name is a package, too
+    return None if there and find_spec("flatbuffers") is not None else MISSING
 
 
 def why_not(path: str | Path) -> str | None:
