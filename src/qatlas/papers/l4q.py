@@ -130,8 +130,7 @@ def l4q(model: nn.Module, task: Task, *, bits: int = 4, group: int | None = 128,
     rule = Rule("*", weight=quant, adapter=Lora(rank, alpha), frozen=Cast(store), keep="recompute")
     quantize(model, [*keep_full(Role.EMBEDDING, Role.HEAD, Role.CLASSIFIER), rule], task)
     describe(model, task.probe()).check()
-    shared = {"scale_share": scale_lr} if scale_lr is not None else {}
-    fit(model, task, train=TRAINED, optimizer=AdamW(lr=lr, weight_decay=weight_decay, **shared), schedule=cosine(warmup), steps=steps)
+    fit(model, task, train=TRAINED, optimizer=AdamW(lr=lr, weight_decay=weight_decay, scale_share=scale_lr), schedule=cosine(warmup), steps=steps)
     return model
 
 
