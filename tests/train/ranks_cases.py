@@ -12,9 +12,14 @@ from qatlas.core.grain import PerTensor
 from qatlas.core.grid import Uniform
 from qatlas.core.quantizer import Quant
 from qatlas.core.scale import AbsMax, Moving
+from qatlas.layers.adapter import Lora
+from qatlas.layers.frozen import Cast, Places
 from qatlas.layers.linear import QLinear
 from qatlas.layers.quantized import Quantized, Slots
 from qatlas.model.pack import pack
+from qatlas.model.rules import Rule, keep_full, quantize
+from qatlas.papers.l4q import of_weight as l4q_weight
+from qatlas.papers.lr_qat import of_weight as places_weight
 from qatlas.train.evaluate import evaluate
 from qatlas.train.fit import fit
 from qatlas.train.imitate import Imitation
@@ -68,6 +73,14 @@ def plain(text, keep="each", optimizer=SGD(0.05), tactics=(), micro=2, steps=STE
     return told(model, fit(model, subject, steps=steps, optimizer=optimizer, tactics=tactics, clip=clip))
 
 
+def lowrank(**slots):
+    """Adapters and steps alone; the weights are frozen stores, which no process cuts or sends."""
+    subject = task(batch=5, run=Run(micro=2, progress=False))
+    model = quantize(llama(), [*keep_full("@embedding", "@head"), Rule("*", keep="recompute", **slots)])
+    train = ("*.adapter.*", "*.weight_quantizer.*")
+    return told(model, fit(model, subject, steps=STEPS, optimizer=AdamW(1e-2, scale_share=1e-2), train=train))
+
+
 def taught(teacher, share=1.0):
     subject = task(batch=5, run=Run(micro=2, progress=False))
     model = quantized(llama(), "w4")
@@ -116,6 +129,8 @@ CASES = {
     "tensor": lambda: plain("w1.58-tensor"),
     "buffer": lambda: plain("w4-g8", keep="buffer"),
     "recompute": lambda: plain("w4", keep="recompute"),
+    "places": lambda: lowrank(weight=places_weight(3, None, True, None), adapter=Lora(2, 2.0, "shift"), frozen=Places()),
+    "l4q": lambda: lowrank(weight=l4q_weight(3, None, "covering", True, False, None), adapter=Lora(2, 4.0), frozen=Cast("bfloat16")),
     "whole": lambda: plain("w4", micro=None, optimizer=AdamW(1e-3, 0.1, scale_share=1e-3), clip=None),
     "tactics": lambda: plain("w4", tactics=[Pull(), Freeze(0.5)], optimizer=BertAdam(1e-3), clip=1e-2),
     "teacher": lambda: taught("other"),

@@ -38,7 +38,8 @@ class Recomputed(torch.autograd.Function):
             w = w if wanted else w.detach()
             dx, dw, dbias = layer.pulled(g, x, typed(w.detach(), x), ctx.needs_input_grad[1])
             own = [s for s in wanted if s is not layer.bias]
-            grads = torch.autograd.grad(w, own, dw.to(w.dtype), allow_unused=True) if w.requires_grad else ()
+            dw = dw.to(w.dtype)
+            grads = torch.autograd.grad(w, own, dw, allow_unused=True) if w.requires_grad else ()
         found: dict[int, Tensor | None] = {id(s): grad for s, grad in zip(own, grads, strict=False)}
         found[id(layer.bias)] = None if dbias is None else dbias.to(layer.bias.dtype)
         return None, dx, *(found.get(id(s)) if needed else None for s, needed in zip(sources, ctx.needs_input_grad[2:], strict=True))

@@ -61,7 +61,8 @@ def shared(accelerator: Accelerator, model: nn.Module, tactics: Sequence[Tactic]
         yield model
         return
     if not asked(accelerator):
-        yield accelerator.prepare_model(model)
+        with _silent(model):
+            yield accelerator.prepare_model(model)
         return
     units = _units(model)
     check(model, units, tactics)
@@ -84,6 +85,20 @@ def shared(accelerator: Accelerator, model: nn.Module, tactics: Sequence[Tactic]
             pieces.join()
             for layer in kept:
                 layer.keep = "buffer"
+
+
+@contextlib.contextmanager
+def _silent(model: nn.Module) -> Iterator[None]:
+    """Inside, DDP leaves frozen stores alone: they are buffers, which it would send round in every forward, and never change."""
+    stores = [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, Quantized) and m.slots.frozen is not None]
+    if not stores:
+        yield
+        return
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, stores)
+    try:
+        yield
+    finally:
+        del model._ddp_params_and_buffers_to_ignore
 
 
 def asked(accelerator: Accelerator) -> bool:
