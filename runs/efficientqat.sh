@@ -6,4 +6,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python runs/efficientqat.py --model stories --page docs/results.md
 python runs/efficientqat.py --model zoo --page docs/results.md
-python benchmarks/block_ap.py --json docs/evidence/efficientqat/memory.json --page docs/performance.md
+python benchmarks/block_ap.py --width 256 --steps 2 --batches 4 --json docs/evidence/efficientqat/memory.json --page docs/performance.md

@@ -1,6 +1,7 @@
 """reconstruct: each block learns its own output behind quantized blocks; the same bits whether streams lie on disk, or a run was killed."""
 
 import functools
+import weakref
 
 import pytest
 import torch
@@ -221,3 +222,22 @@ def test_dropout_is_off_and_quantizers_train():
     _, noisy = one(model=model)
     _, plain = one()
     assert [h.loss for h in noisy] == [h.loss for h in plain]
+
+
+def test_of_masters_and_moments_one_block_is_alive():
+    """What benchmarks/block_ap.py measures, seen on tensors: nothing of a finished block but its codes."""
+    alive, counts = [], []
+
+    class Look(Tactic):
+        def after(self, loop):
+            if loop.step == 1:
+                counts.append(sum(ref() is not None for ref in alive))
+                moments = [t for state in loop.optimizer.state.values() for t in state.values()]
+                alive.extend(weakref.ref(t) for t in [*loop.model.parameters(), *moments] if t.dim() > 1)
+
+    model = loud().bfloat16()
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    one(model=model, packed=True, stop=Look(), steps=2)
+    assert counts == [0, 0] and len(alive) >= 2 * 7 * 3 * 3, "seven matrices, their steps and zeros, and two moments of each"
+    kept = [name for name, p in model.named_parameters() if before.get(name) == p.data_ptr()]
+    assert "model.embed_tokens.weight" in kept and "lm_head.weight" in kept, "what is not in work stays as it was loaded"
