@@ -301,14 +301,14 @@ def main(arguments: Sequence[str] | None = None, model: Callable[[], nn.Module] 
     return made
 
 
-def write(page: Path, made: str) -> None:
+def write(page: Path, made: str, mark: str = MARK) -> None:
     """The section between its markers, at the page's end where it has none."""
     from pages import between
 
     text = page.read_text(encoding="utf-8") if page.exists() else "# What things cost\n"
-    if f"<!-- {MARK} -->\n" not in text:
-        text = f"{text.rstrip()}\n\n<!-- {MARK} -->\n<!-- /{MARK} -->\n"
-    page.write_text(between(text, MARK, made), encoding="utf-8")
+    if f"<!-- {mark} -->\n" not in text:
+        text = f"{text.rstrip()}\n\n<!-- {mark} -->\n<!-- /{mark} -->\n"
+    page.write_text(between(text, mark, made), encoding="utf-8")
 
 
 if __name__ == "__main__":
