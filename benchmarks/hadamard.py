@@ -3,8 +3,8 @@
     python benchmarks/hadamard.py --json hadamard.json [--pairs 20] [--threads 2] [--bits 4] [--clock wall] [--page docs/performance.md]
 
 The model, the batch, the rounds and the interval are those of benchmarks/training.py: a Llama of 17.3 million parameters, 2,048 tokens a step, AdamW,
-fp32 on CPU, weights kept over the step. Three trainees stand in one process: plain, QuEST without a rotation, and QuEST, weights and inputs in as many
-bits. A round steps each of them once, in an order that rotates; a pair is the two QuESTs' steps of one round. The claim is that of a pair's ratio
+fp32 on CPU, weights kept over the step. Three trainees stand in one process: plain, QuEST without a rotation, and QuEST, weights and inputs in as
+many bits. A round steps each of them once, in an order that rotates; a pair is the two QuESTs' steps of one round. The claim is of a pair's ratio
 less one: the rotation of all weights and inputs, forward and backward, at most a tenth of the step. Beside it stands the price of QuEST as a whole,
 against the plain step.
 """
@@ -69,8 +69,9 @@ def section(state: dict[str, Any], clock: str) -> str:
     high = interval([r["QuEST"][at] / r["no rotation"][at] for r in rounds])[2]
     return (f"## QuEST's rotation\n\n`python benchmarks/hadamard.py --json hadamard.json --pairs {len(rounds)} --threads {how['threads']}"
             f"{' --clock cpu' if clock == 'cpu' else ''} --page docs/performance.md`.\n\n"
-            f"Weights and inputs in {state['bits']} bits, rotated in blocks of 128; a Llama with {how['parameters']:,} parameters on {how['tokens']:,} "
-            f"tokens, fp32,\n{how['optimizer']}, threads: {how['threads']} ({how['cpu']}); {len(rounds)} interleaved pairs, medians of ratios of "
+            f"Weights and inputs in {state['bits']} bits, rotated in blocks of 128; a Llama with {how['parameters']:,} parameters "
+            f"on {how['tokens']:,} tokens, fp32,\n{how['optimizer']}, threads: {how['threads']} ({how['cpu']}); {len(rounds)} interleaved pairs, "
+            "medians of ratios of "
             f"{'CPU seconds' if at else 'seconds of the clock'}.\n"
             f"The claim, at most {CLAIM - 1:.0%} for the rotation, {'holds' if high <= CLAIM else 'does not hold'} (the interval's upper end).\n\n"
             + "\n".join(rows) + "\n")

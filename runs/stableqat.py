@@ -5,8 +5,8 @@
     scaled       LSQ with dw multiplied by 0.302, the mean slope of StableQAT: it separates shape from size (Adam should see no difference)
     ParetoQ      2 bits only: its stretched levels
 
-All rows see the same text in the same order for the same seed, steps, schedule and relative rate of the steps, and learn from the text alone, at each of
-some learning rates; the claim is a better mean over them and a smaller spread. The perplexity is of five real stories; model and text as in
+All rows see the same text in the same order for the same seed, steps, schedule and relative rate of the steps, and learn from the text alone, at each
+of some learning rates; the claim is a better mean over them and a smaller spread. The perplexity is of five real stories; model and text as in
 lsq_stories260k.py.
 
     python runs/stableqat.py [--out docs/evidence/stableqat] [--seeds 3] [--lr 1e-4 1e-3 3e-3] [--page FILE]
@@ -94,7 +94,8 @@ def main() -> None:
     lines = [f"| | {' | '.join(f'lr {lr:g}' for lr in given.lr)} | mean over rates | largest / smallest |", "|---" * (len(given.lr) + 3) + "|"]
     for name in rows():
         means = [statistics.mean(found[name, lr]) for lr in given.lr]
-        lines.append(f"| {name} | {' | '.join(told(found[name, lr], 2) for lr in given.lr)} | {statistics.mean(means):.2f} | {max(means) / min(means):.2f} |")
+        cells = [*(told(found[name, lr], 2) for lr in given.lr), f"{statistics.mean(means):.2f}", f"{max(means) / min(means):.2f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"
     print(text)
     if given.page:
