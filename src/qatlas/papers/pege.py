@@ -173,7 +173,8 @@ def drawn(g: Tensor, x: Tensor, q: Tensor, mask: Tensor | None, pull: float, rel
     """u m (x - q): u is `pull`, or what makes its root mean square that share of g's."""
     off = x - q if mask is None else (x - q) * mask
     if relative:
-        off = off * (g.norm() / off.norm().clamp(min=torch.finfo(off.dtype).tiny))
+        size = off.norm()
+        off = off * torch.where(size > 0, g.norm() / torch.where(size > 0, size, 1.0), 0.0)      # nothing is rounded yet, or all lie on levels
     return pull * off
 
 
