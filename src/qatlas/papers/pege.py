@@ -26,7 +26,7 @@ the family of schedules, the sum, its growth over the whole run. Inferred, or ou
 - u in proportion: the predecessor's 1e-9 to 1e-6 fit its batch and losses only. `pull` is what the pull's root mean square is of the gradient's,
   tensor by tensor, at the end of the run; `relative=False` takes it for u_max itself.
 
-Numbers of ours: docs/results.md#pege.
+Numbers of ours: docs/results.md#pege. On handwritten digits at 2 bits the error falls by a tenth, through the pull alone; accuracy does not move.
 """
 
 from __future__ import annotations
