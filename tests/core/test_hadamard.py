@@ -45,6 +45,16 @@ def test_autocast_does_not_reach_it() -> None:
     assert torch.equal(y, hadamard(x)) and y.dtype == torch.float32
 
 
-@pytest.mark.parametrize("shape", [(0, 16), (2, 0, 32), (16,)])
+@pytest.mark.parametrize("shape", [(0, 16), (2, 0, 32), (16,), (3, 1), (5, 12)])
 def test_of_any_shape(shape: tuple[int, ...]) -> None:
     assert hadamard(torch.ones(shape)).shape == shape
+
+
+@pytest.mark.parametrize("n", [64, 128, 1024, 24])
+def test_rows_do_not_depend_on_those_beside_them(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large tensors go through in parts, also strided ones: the same bits."""
+    x = torch.randn(n, 37).T
+    whole = hadamard(x)
+    monkeypatch.setattr("qatlas.core.hadamard.CHUNK", 5 * n)
+    assert torch.equal(hadamard(x), whole) and torch.equal(hadamard(x[:3]), whole[:3])
+    torch.testing.assert_close(hadamard(whole, transpose=True), x)

@@ -26,7 +26,7 @@ the family of schedules, the sum, its growth over the whole run. Inferred, or ou
 - u in proportion: the predecessor's 1e-9 to 1e-6 fit its batch and losses only. `pull` is what the pull's root mean square is of the gradient's,
   tensor by tensor, at the end of the run; `relative=False` takes it for u_max itself.
 
-Numbers of ours: docs/results.md#pege.
+Numbers of ours: docs/results.md#pege. On handwritten digits at 2 bits the error falls by a tenth, through the pull alone; accuracy does not move.
 """
 
 from __future__ import annotations
@@ -173,7 +173,8 @@ def drawn(g: Tensor, x: Tensor, q: Tensor, mask: Tensor | None, pull: float, rel
     """u m (x - q): u is `pull`, or what makes its root mean square that share of g's."""
     off = x - q if mask is None else (x - q) * mask
     if relative:
-        off = off * (g.norm() / off.norm().clamp(min=torch.finfo(off.dtype).tiny))
+        size = off.norm()
+        off = off * torch.where(size > 0, g.norm() / torch.where(size > 0, size, 1.0), 0.0)      # nothing is rounded yet, or all lie on levels
     return pull * off
 
 
