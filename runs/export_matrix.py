@@ -19,7 +19,8 @@ For each target:
                  probabilities, of the log-probability of the 40 most probable tokens and of the next one
     perplexity   the engine's own, beside ours, per token of the same text
 
-gptqmodel lives in an environment of its own, since it wants another torch: a run from there with --formats gptq awq fills its rows.
+gptqmodel and executorch live in environments of their own, since pip finds no common versions: runs from there with --formats gptq awq, and with
+--formats executorch, fill their rows.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def ask(place: Place, bits: float, target: str) -> dict[str, Any]:
         trained, path = place.trained(bits, name), place_of(place.exports, target)
         shutil.rmtree(place.exports, ignore_errors=True)
         try:
-            form.plan(trained.data(None), kind)
-            form.write(trained.data(form.OPSETS[kind] if hasattr(form, "OPSETS") else None), path, kind)
+            form.plan(trained.data(), kind)
+            form.write(trained.data(form, kind), path, kind)
         except FormatError as error:
             why = why or reason(str(error), trained)
             continue
@@ -77,9 +78,9 @@ def ask(place: Place, bits: float, target: str) -> dict[str, Any]:
 
 def reason(message: str, trained: Asked) -> str:
     """Why a writer refuses, without the names of tensors and numbers."""
-    grains = {(str(q.grid), str(q.grain)) for q in trained.data(None).tensors.values() if isinstance(q, QTensor)}
+    grains = {(str(q.grid), str(q.grain)) for q in trained.data().tensors.values() if isinstance(q, QTensor)}
     text = message.split("\n")[0]
-    for quant in set(trained.data(None).inputs.values()):
+    for quant in set(trained.data().inputs.values()):
         text = text.replace(str(quant), "8 bits a token")
     text = re.sub(r"^.*? cannot hold [^:]*(: |, )", "", text)
     for grid, grain in grains:
@@ -135,9 +136,12 @@ def by_engine(form: Any, engine: Any, path: Path, trained: Asked, texts: list[Te
     if why := engine.why_not(path):
         return {"why": why, "missing": "not installed" in why}
     weights = off_weights(form, form.read(path, engine), trained, form.unused(path)[0])
-    run = engine.start(str(path))
-    more = [{"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()} for ids in texts]
-    logits = [torch.from_numpy(run({name: feed[name] for name in run.inputs})[0])[0] for feed in more]
+    if hasattr(engine, "start"):
+        run = engine.start(str(path))
+        more = [{"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()} for ids in texts]
+        logits = [torch.from_numpy(run({name: feed[name] for name in run.inputs})[0])[0] for feed in more]
+    else:
+        logits = [found[0] for found in engine.run(path, texts)]
     return {"weights": weights} | off_logits(logits, trained, texts)
 
 
@@ -159,7 +163,7 @@ def by_llamacpp(path: Path, trained: Asked, texts: list[Tensor]) -> dict[str, An
 
 def off_weights(form: Any, found: dict[str, Tensor], trained: Asked, gone: list[str]) -> float:
     """The largest difference of any tensor, quantized or not."""
-    made = trained.data(None)
+    made = trained.data()
     kept = form.kept if hasattr(form, "kept") else lambda config, name, t: t
     ours = {name: t.dequantize() if isinstance(t, QTensor) else kept(made.config, name, t.float()) for name, t in made.tensors.items()
             if name not in gone}

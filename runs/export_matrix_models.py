@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qatlas.model.graph import graph
 from qatlas.model.load import load
 from qatlas.model.pack import checkpoint, load_packed, pack, save
+from qatlas.model.program import program
 from qatlas.model.rules import Rule, quantized
 from qatlas.papers.bitnet import bitnet
 from qatlas.papers.lsq import lsq
@@ -52,6 +53,7 @@ def forms(model: str, bits: float) -> dict[str, Form]:
         out["attention"] = Form("groups of 32, the MLP in full precision", partial(plain, group=32), f"compressed-tensors:w{n}a16", ("*.mlp.*",))
     out["inputs"] = Form("one step a channel, inputs of 8 bits a token", partial(plain, input_bits=8), "compressed-tensors:w8a8")
     out["zero"] = Form("one step a channel, inputs of 8 bits a token with a zero", partial(plain, input_bits=8), f"torchao:w{n}a8")
+    out["mobile"] = Form("one step a channel, inputs of 8 bits a token with XNNPACK's zero", partial(plain, input_bits=8), "executorch:int4")
     out["static"] = Form("one step a channel, inputs of 8 bits a tensor", partial(plain, input_bits=8, static=True), "onnx:int8")
     out["short"] = Form("one step a channel, all else rounded to 16 bits after training", plain, f"compressed-tensors:w{n}a16", short=True)
     if bits < 4:
@@ -65,7 +67,7 @@ def forms(model: str, bits: float) -> dict[str, Form]:
 def order(target: str, known: dict[str, Form]) -> list[str]:
     """The forms in which a target is tried: first the one that it is for."""
     form, _, kind = target.partition(":")
-    first = {"onnx": "channel" if kind.endswith("-weights") else "static", "bitnet": "matrix"}.get(form, "channel")
+    first = {"onnx": "channel" if kind.endswith("-weights") else "static", "bitnet": "matrix", "executorch": "mobile"}.get(form, "channel")
     if kind.endswith("a8") or kind == "fp8_dynamic":
         first = "zero" if form == "torchao" else "inputs"
     if form == "gguf":
@@ -84,11 +86,14 @@ class Asked:
     perplexity: float
     graphs: dict[int, Any] = field(default_factory=dict)
 
-    def data(self, opset: int | None) -> Any:
+    def data(self, form: Any = None, kind: str = "") -> Any:
         """The checkpoint; with its computation where the format holds that."""
         made = checkpoint(self.model, self.folder, self.folder.name)
-        if opset is not None:
+        if hasattr(form, "OPSETS"):
+            opset = form.OPSETS[kind]
             made.graph = self.graphs[opset] = self.graphs.get(opset) or graph(self.model, opset)
+        elif hasattr(form, "TRACED"):
+            made.graph = program(self.model)
         return made
 
 
