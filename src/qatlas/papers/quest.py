@@ -39,8 +39,8 @@ An engine would have to rotate its activations, too: the rotation behind a nonli
 So a target is refused with `hadamard`; a packed directory holds the rotation and loads with it. Without it the half-integers of b bits are odd
 integers times half a step: formats of b + 1 bits and more hold them (3 bits in gguf:q4_0, 4 in gguf:q8_0), one and 1.58 bits those of 2.
 
-Numbers of ours: docs/results.md#quest. From a checkpoint of 260,000 parameters it is ahead of LSQ and of largest-value steps at 4 to 1 bits, and trust
-and the clip form help; the rotation helps at 2 bits and not at 1.
+Numbers of ours: docs/results.md#quest. From a checkpoint of 260,000 parameters it is ahead of LSQ and largest-value steps at 4 to 1 bits; trust and
+the clip form help, the rotation helps at 2 bits and not at 1.
 """
 
 from __future__ import annotations
