@@ -10,6 +10,7 @@ import pytest
 from small import FLAGS
 
 from qatlas import compare as module
+from qatlas import papers
 from qatlas.cli import main
 from qatlas.compare import Entry, compare, read_arguments
 from qatlas.core.error import CheckpointError, RunError
@@ -131,3 +132,9 @@ def test_the_command_line_compares(job, made, capsys):
     said = capsys.readouterr().out
     assert "refused" in said and "report.html" in said
     assert main(["compare", "lsq", "--bits", "four", "--out", job.out]) == 2
+
+
+@pytest.mark.parametrize("name", papers.names())
+def test_every_paper_says_what_it_claims(name):
+    claim = papers.module(name).CLAIM
+    assert claim.endswith(".") and 40 < len(claim) < 150

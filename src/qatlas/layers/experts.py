@@ -63,6 +63,7 @@ class QStack(Quantized, Stack):
     """A Stack with quantized numbers."""
 
     replaces = Stack
+    bias = None
     _sizes: list[int]
 
     def _set(self, slots, peak) -> None:  # type: ignore[no-untyped-def]

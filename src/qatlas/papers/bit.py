@@ -70,6 +70,7 @@ from ..train.task import Task
 from ..train.teacher import Teacher
 from .ternarybert import causal, tied, word_embedding
 
+CLAIM = "One bit for weights and for activations, taught in a chain, comes within 5.9 points of BERT on GLUE."
 Moves = Literal["all", "inputs", "none"]
 FLOOR = 1e-5                                                      # of alpha
 FIELDS = ("hidden_act", "activation_function", "hidden_activation", "activation")       # where a configuration names its GELU

@@ -60,6 +60,7 @@ from ..train.schedule import cosine
 from ..train.task import Batch, Task
 from ..train.teacher import Once, Teacher
 
+CLAIM = "Noise of one step on layer inputs finds flatter minima and beats learned steps (CIFAR-10, CIFAR-100)."
 BITS = range(2, 9)
 Noise = Literal["uniform", "gaussian"]
 Where = Literal["before", "behind"]

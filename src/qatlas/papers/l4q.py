@@ -56,6 +56,7 @@ from ..train.optim import AdamW
 from ..train.schedule import cosine
 from ..train.task import Task
 
+CLAIM = "Better than rounding and then adapting at 4 and 3 bits, with the memory of LoRA."
 STARTS = ("covering", "deviation", "absmax", "minmax")
 TRAINED = ("*.adapter.*", "*.weight_quantizer.*")
 

@@ -44,6 +44,7 @@ from ..train.schedule import cosine
 from ..train.task import Task
 from ..train.teacher import Distil, Teacher
 
+CLAIM = "Steps that learn where to lie reach the accuracy of full precision at 3 and 4 bits (ResNet, ImageNet)."
 WHOLE = range(2, 9)                                               # at 1 bit the integers are -1 and 0: no grid of weights
 
 

@@ -67,6 +67,7 @@ from ..train.schedule import cosine
 from ..train.streams import Walk
 from ..train.task import Task
 
+CLAIM = "With 5 to 30 % of the weights in 8 bits the others can be signs, and a few thousand steps bring most of the ability back."
 Metric = Literal["magnitude", "hessian", "tails"]
 BLOCK = 128                                                       # columns whose errors are summed up before they reach the rest
 

@@ -73,6 +73,8 @@ from ..train.task import Batch, Task, device, moved
 from ..train.teacher import Once, full_precision
 from .lsq import of_input, signed
 
+CLAIM = "One set of weights serves in high and in low precision; the final duals say which layer needs more bits."
+
 
 @dataclass(frozen=True)
 class Bounded(AdapterSpec):

@@ -63,6 +63,7 @@ from ..train.optim import AdamW
 from ..train.schedule import cosine
 from ..train.task import Task
 
+CLAIM = "Weights and activations of 1 to 4 bits train stably from scratch; W4A4 is the best quality for its bytes."
 GAUSS = {1: 0.7978845587140913, 1.58: 1.2240089519030855, 2: 1.4935346200015913, 3: 2.051068354131873, 4: 2.513930578568423, 5: 2.9160938834961225,
          6: 3.276597282593217, 7: 3.6010497188221655, 8: 3.884938678807525}                        # c: the clip for N(0, 1), by bits
 ONE_BIT = {True: 1.30, False: 1.25}                               # where the clip form cuts, in a: with and without the rotation

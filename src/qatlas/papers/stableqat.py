@@ -54,6 +54,7 @@ from ..train.schedule import cosine
 from ..train.task import Task
 from .paretoq import of_weight as paretoq_weight
 
+CLAIM = "Better and steadier than learned steps with a straight-through gradient at 2 to 4 bits, for the same cost."
 ROOT = math.sqrt(2) * math.pi
 HIGHEST = 1 / ROOT                                                # above it weights on a level run against the gradient
 

@@ -52,6 +52,7 @@ from ..train.task import Batch, Task
 from ..train.teacher import SelfTeacher, Teacher
 from .ternarybert import Curvature, adam, ternarize
 
+CLAIM = "Training parts on the teacher's signals first converges faster and ends better than distillation alone below 2 bits."
 POINTS = {"output": "projected", "context": "context", "map": "probabilities"}        # where the teacher comes in -> the signal's name
 PLANS: dict[str, tuple[tuple[float, str], ...]] = {                                    # (until which part of the time, where)
     "output": ((1.0, "output"),), "context": ((1.0, "context"),), "map": ((1.0, "map"),),
