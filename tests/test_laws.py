@@ -92,6 +92,8 @@ def test_law_2_a_grid(grid: Grid, u: list[float]) -> None:
     assert torch.equal(grid.decode(codes), v) and (codes.int() >= 0).all() and (codes.int() < 2**grid.bits).all()
     assert (grid.low <= v).all() and (v <= grid.high).all()
     assert torch.equal(grid.snap(torch.tensor(u).sort().values), v.sort().values)       # never falls as u rises
+    for margin in (0.0, 0.25, 0.5):
+        assert torch.equal(grid.passes(v, torch.tensor(u), margin), v * grid.inside(torch.tensor(u), margin))
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

@@ -32,6 +32,10 @@ class Recomputed(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, *sources = ctx.saved_tensors                           # raises where one was written since
         layer: Quantized = ctx.layer
+        if torch.is_grad_enabled():                               # a second derivative: autograd's own way, which keeps what it needs
+            asked = [t for t, needed in zip((x, *sources), ctx.needs_input_grad[1:], strict=True) if needed]
+            given = iter(torch.autograd.grad(layer.product(x, typed(layer.computed(), x)), asked, g, create_graph=True, allow_unused=True))
+            return None, *(next(given) if needed else None for needed in ctx.needs_input_grad[1:])
         wanted = [s for s, needed in zip(sources, ctx.needs_input_grad[2:], strict=True) if needed]
         with torch.enable_grad():
             w = layer.computed()

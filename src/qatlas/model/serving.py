@@ -9,6 +9,8 @@ ever and by `qatlas generate`, also after pack, save and load. What the caller a
     model.generate(ids, cache_implementation="static")         the same, of a fixed size; so past_key_values=DynamicCache(), StaticCache(...)
     model.generate(ids, cache_implementation="quantized")      refused: another library's numbers under ours
 
+Quantizers that choose by more than the token itself (EdgeQAT's two widths) give no codes that could be stored: those models keep transformers' cache.
+
 transformers has no place where a model names its cache, so a generating model gets `_prepare_cache_for_generation` as an attribute of its own, around
 that of its class; classes stay as they are. A forward that is called by hand takes the cache that it is given, and else makes transformers' own.
 """
@@ -68,8 +70,9 @@ def serve(model: nn.Module) -> None:
 
 
 def _quantizes(module: nn.Module) -> bool:
-    """Whether it is an attention with a quantizer of keys or values, and has a layer in a cache."""
-    return hasattr(module, "layer_idx") and any(side in attached(module) for side in SIDES)
+    """Whether it is an attention with a quantizer of keys or values, and has a layer in a cache; what is not plain chooses anew in each forward."""
+    sides = [q for side, q in attached(module).items() if side in SIDES]
+    return hasattr(module, "layer_idx") and bool(sides) and all(q.quant.plain for q in sides)
 
 
 def _storing(model: nn.Module) -> dict[str, nn.Module]:

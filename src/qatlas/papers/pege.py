@@ -34,7 +34,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -76,7 +76,7 @@ class Progressive(Quant):
         """The same numbers, let in by and by."""
         if order not in ("fixed", "fresh") or scope not in ("round", "clip"):
             raise RunError(f"order={order!r}, scope={scope!r}: order is fixed or fresh, scope is round or clip")
-        return cls(**{name: getattr(quant, name) for name in Quant.__dataclass_fields__}, order=order, scope=scope)
+        return cls(**{field.name: getattr(quant, field.name) for field in fields(Quant)}, order=order, scope=scope)
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,9 @@ class _Between(Grid):
 
     def inside(self, u: Tensor, margin: float = 0.0) -> Tensor:
         return self.of.inside(u, margin)
+
+    def passes(self, g: Tensor, u: Tensor, margin: float = 0.0) -> Tensor:
+        return self.of.passes(g, u, margin)
 
 
 class Mixing(Quantizer):

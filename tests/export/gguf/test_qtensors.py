@@ -213,3 +213,10 @@ def test_a_truncated_file_is_refused(cut, tmp_path):
     path.write_bytes(path.read_bytes()[:cut])
     assert holds(path) == (cut != 3) and not holds(tmp_path)
     refused(path)
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "model.gguf")
+    assert not holds(tmp_path / "model.gguf") and not holds(tmp_path) and not holds(tmp_path / "absent.gguf")

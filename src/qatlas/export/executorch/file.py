@@ -30,8 +30,6 @@ def plan(checkpoint: Checkpoint, target: str) -> dict[str, str]:
         FormatError: a tensor that the target cannot hold, or a missing package, which would otherwise be found when all is trained.
     """
     known(target)
-    if (missing := runtime.lacks()) is not None:
-        raise FormatError(missing)
     faults = {name: why_not(t, target) for name, t in checkpoint.tensors.items() if not isinstance(t, Tensor)}
     faults |= dict.fromkeys(checkpoint.signals, "no signal but a layer's input has a place in XNNPACK's products")
     for name, t in checkpoint.tensors.items():
@@ -39,6 +37,8 @@ def plan(checkpoint: Checkpoint, target: str) -> dict[str, str]:
             faults[name] = faults[name] or why_not_input(None)
     axes = {name.removesuffix(".weight"): len(t.shape) for name, t in checkpoint.tensors.items() if not isinstance(t, Tensor)}
     _refuse(faults | {f"{layer}:input": why_not_input(quant, axes.get(layer, 2)) for layer, quant in checkpoint.inputs.items()}, target)
+    if (missing := runtime.lacks()) is not None:
+        raise FormatError(missing)
     return {name: str(stored(*laid(t, target))["type"]) if isinstance(t, QTensor) else "fp32" for name, t in checkpoint.tensors.items()}
 
 

@@ -31,6 +31,8 @@ READ = {name: row for name, row in NAMES.items() if name != "bert"}
 
 def holds(path: str | Path) -> bool:
     """Whether a file is of this format, by its first bytes alone."""
+    if not Path(path).is_file():                                  # nor is a pipe, at which a reader would wait
+        return False
     try:
         with Path(path).open("rb") as file:
             return file.read(4) == MAGIC
