@@ -266,8 +266,8 @@ def main(folder: Path, first: int, last: int, seed: int, every: bool) -> None:
 
 def matters(how: str) -> bool:
     """Whether the spoilt file is one that every reader needs."""
-    needed = how.endswith(("config.json", "model.safetensors", "record.json", *SINGLE))
-    return needed and not how.endswith(("generation_config.json", "tokenizer_config.json"))
+    name = Path(how.rpartition(": ")[2]).name
+    return name.endswith(SINGLE) or name in ("config.json", "model.safetensors", "record.json")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.error import SAID, FormatError
+from ..core.error import SAID, FormatError, foreign
 from ..core.quantizer import Quant
 from .checkpoint import TOKENIZER, Checkpoint, appearing
 from .shards import read_json, shards
+
+DEEP = 10_000                                                     # layers; more would take minutes to build, even without memory
 
 
 def plan(checkpoint: Checkpoint, form: str, kind_of: Callable[[Any, Quant | None], str]) -> dict[str, str]:
@@ -60,16 +62,19 @@ def skeleton(config: dict[str, Any], form: str) -> dict[str, nn.Module]:
     """Name -> module of the model that a reader will build, without memory for its weights.
 
     Raises:
-        FormatError: a config that names no class of transformers.
+        FormatError: a config that names no class of transformers, or of which it can build none.
     """
     import transformers
 
-    kind, names = str(config.get("model_type")), config.get("architectures") or []
-    cls = getattr(transformers, names[0], None) if names else None
+    kind, names = str(config.get("model_type")), config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
     if cls is None or kind not in transformers.CONFIG_MAPPING:
-        raise FormatError(f"{form} holds models that transformers can build, and knows no {names[0] if names else 'class'} of type {kind!r}")
+        raise FormatError(f"{form} holds models that transformers can build, and knows no {name or 'class'} of type {kind!r}")
     bare = {key: value for key, value in config.items() if key != "quantization_config"}
-    with torch.device("meta"):
+    if many := [key for key, value in bare.items() if "layer" in key and isinstance(value, int | float) and value > DEEP]:
+        raise FormatError(f"config.json says {many[0]}={bare[many[0]]}; no model has so many, the file is damaged")
+    with torch.device("meta"), foreign(f"transformers can build no {name} from config.json"):
         return dict(cls(transformers.CONFIG_MAPPING[kind].from_dict(bare)).named_modules())
 
 

@@ -200,10 +200,11 @@ class Partly(Quantizer):
 
 
 def largest(v: Tensor, share: float) -> Tensor:
-    """True for the `share` largest of v, a bool tensor of its shape; what ties with the largest of the rest is none.
+    """True for the `share` largest of v, a bool tensor of its shape; as in the authors' code the smallest of them, the threshold, is left out, and what
+    ties with it.
 
     >>> largest(torch.tensor([[3.0, 1.0], [2.0, 4.0]]), 0.5)
-    tensor([[ True, False],
+    tensor([[False, False],
             [False,  True]])
     """
     if not 0 <= share <= 1:

@@ -111,8 +111,8 @@ def stableqat(model: nn.Module, task: Task, *, bits: float = 3, amplitude: float
 def of_weight(bits: float, amplitude: float = 0.21, terms: int = 1, grain: Grain | None = None) -> Quant:
     """All that is said about a weight of so many bits: the integers and the learned step of ParetoQ's code, and the wave.
 
-    >>> of_weight(2, terms=2).grid, of_weight(2, terms=2).estimator
-    (Uniform(bits=2, signed=True, narrow=False), Fourier(amplitudes=(0.21, -0.07)))
+    >>> of_weight(2).grid, of_weight(2).estimator
+    (Uniform(bits=2, signed=True, narrow=False), Fourier(amplitudes=(0.21,)))
     """
     if bits not in (1.58, 2, 3, 4):
         raise QuantError(f"StableQAT takes weights of 1.58, 2, 3 or 4 bits, not bits={bits:g}" + (": one bit is ParetoQ's" if bits == 1 else ""))

@@ -224,6 +224,8 @@ def _joined(where: str, codes: Tensor, part: dict[str, Tensor], said: dict[str, 
 def _grain(where: str, shape: tuple[int, ...], steps: tuple[int, ...], said: dict[str, Any]) -> tuple[Grain, tuple[int, ...]]:
     """The grain of a strategy, and the shape of its steps here."""
     size = said.get("group_size")
+    if size is not None and type(size) is not int:
+        raise FormatError(f"{where}: the config says group_size={size!r}, which is no whole number")
     plain = "group" if size and size > 0 else "channel" if size == -1 else "tensor"
     strategy = said.get("strategy") or plain
     block = list(said.get("block_structure") or [])

@@ -147,8 +147,9 @@ def open_file(path: str | Path) -> Any:
 
 def field(reader: Any, key: str) -> Any:
     """One value of the header, or None."""
-    found = reader.get_field(key)
-    return None if found is None else found.contents()
+    with foreign(f"the header of this GGUF file says nothing readable of {key}; it is damaged, write it anew"):
+        found = reader.get_field(key)
+        return None if found is None else found.contents()
 
 
 def kept(config: dict[str, Any], name: str, tensor: Tensor) -> Tensor:

@@ -191,6 +191,9 @@ def _open(path: str | Path) -> Any:
     with foreign(f"{path} is no whole ONNX file; it is truncated or of another kind, write it anew"):
         proto = onnx.load_model_from_string(Path(path).read_bytes())
         onnx.checker.check_model(proto)
+    names = (name for node in proto.graph.node for name in (node.name, node.op_type, *node.input, *node.output))
+    if any(isinstance(name, bytes) for name in (*names, *(t.name for t in proto.graph.initializer))):      # protobuf's way to say: no text
+        raise FormatError(f"{path} has names that are no text; it is damaged, write it anew")
     if not any(entry.key == "qatlas.target" for entry in proto.metadata_props):
         raise FormatError(f"{path} was not written by qatlas: its metadata has no qatlas.target, and its tensors other names")
     return proto
