@@ -200,8 +200,8 @@ class Partly(Quantizer):
 
 
 def largest(v: Tensor, share: float) -> Tensor:
-    """True for the `share` largest of v, a bool tensor of its shape; as in the authors' code the smallest of them, the threshold, is left out, and what
-    ties with it.
+    """True for the `share` largest of v, a bool tensor of its shape; as in the authors' code the smallest of them, the threshold, is left out,
+    and what ties with it.
 
     >>> largest(torch.tensor([[3.0, 1.0], [2.0, 4.0]]), 0.5)
     tensor([[False, False],
