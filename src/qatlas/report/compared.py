@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d31", "#444444")    # Okabe and Ito's, and three more
 SIGNS = "osD^vP*X"
+COLUMNS = ("quality", "beside", "sure", "untrained", "mean", "bytes", "seen", "seconds")      # seen: tokens or rows in all steps of all phases
 
 
 def compared(trials: Trials, directory: Path) -> Path:
@@ -45,10 +46,11 @@ def compared(trials: Trials, directory: Path) -> Path:
 def table(trials: Trials) -> str:
     """Markdown: bits from many to few, papers in the order asked for."""
     beside = f"beside {trials.against}"
-    lines = [f"| bits | paper | {trials.metric} | {beside} | sure | untrained | bits a weight | bytes | training |", "|" + "---|" * 9,
-             f"| 32 | full precision | {_metric(trials).say(trials.full.get(trials.metric))} | | | | 16 | {size(trials.full_bytes)} | |"]
-    lines += ["| " + " | ".join([row["bits"], row["entry"], row["quality"], row["beside"], row["sure"], row["untrained"], row["mean"], row["bytes"],
-                                row["seconds"]]) + " |" for row in rows(trials)]
+    lines = [f"| bits | paper | {trials.metric} | {beside} | sure | untrained | bits a weight | bytes | seen | training |", "|" + "---|" * 10,
+             f"| 32 | full precision | {_metric(trials).say(trials.full.get(trials.metric))} | | | | 16 | {size(trials.full_bytes)} | | |"]
+    for row in rows(trials):
+        name = row["entry"] + (f" (has no {row['left']})" if row["left"] else "")
+        lines.append("| " + " | ".join([row["bits"], name, *(row[key] for key in COLUMNS)]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -58,7 +60,7 @@ def rows(trials: Trials) -> list[dict[str, str]]:
     for bits in trials.bits:
         for entry in trials.entries:
             runs, refused = trials.of(entry, bits), trials.refusal(entry, bits)
-            row = dict.fromkeys(("quality", "beside", "sure", "untrained", "mean", "bytes", "seconds", "command", "left"), "")
+            row = dict.fromkeys((*COLUMNS, "command", "left"), "")
             row |= {"bits": f"{bits:g}", "entry": plain(entry, 60)}
             if refused and not runs:
                 made.append(row | {"quality": f"refused: {plain(refused.partition(': ')[2], 160)}"})
@@ -70,7 +72,7 @@ def rows(trials: Trials) -> list[dict[str, str]]:
                     "quality": metric.say(quality.mean) + (f" ± {_spread(metric, quality)}" if quality.told else ""),
                     "beside": _beside(trials, entry, bits), "sure": trials.verdict(entry, bits),
                     "untrained": metric.say(sum(start) / len(start)) if all(map(math.isfinite, start)) else NOTHING,
-                    "mean": number(round(first.mean, 2)), "bytes": size(first.bytes),
+                    "mean": number(round(first.mean, 2)), "bytes": size(first.bytes), "seen": f"{first.items:,}",
                     "seconds": seconds(sum(run.seconds for run in runs) / len(runs)), "command": first.command, "left": ", ".join(first.left)})
     return made
 
