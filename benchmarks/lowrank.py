@@ -93,7 +93,7 @@ def made(row: str, size: dict[str, int], dtype: str) -> tuple[nn.Module, Any]:
 
 def measured(row: str, size: dict[str, int], dtype: str) -> dict[str, int]:
     """The peak of the second step, in bytes, and the bytes of the frozen weights' store."""
-    from qatlas.model.rules import quantized
+    from qatlas.model.quantized import quantized
     from qatlas.train.optim import trained
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:

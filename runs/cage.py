@@ -26,7 +26,7 @@ from pages import between
 from paretoq_bits import Place
 from torch import nn
 
-from qatlas.model.rules import quantized
+from qatlas.model.quantized import quantized
 from qatlas.papers.cage import Cage, cage, left
 from qatlas.train.schedule import cosine
 from qatlas.train.tactic import Loop, Tactic

@@ -21,7 +21,8 @@ from qatlas.model.graph import graph
 from qatlas.model.load import load
 from qatlas.model.pack import checkpoint, load_packed, pack, save
 from qatlas.model.program import program
-from qatlas.model.rules import Rule, quantized
+from qatlas.model.quantized import quantized
+from qatlas.model.rules import Rule
 from qatlas.papers.bitnet import bitnet
 from qatlas.papers.lsq import lsq
 from qatlas.train.run import Run

@@ -34,8 +34,9 @@ from torch import nn
 from qatlas.layers.adapter import Lora
 from qatlas.layers.frozen import Cast
 from qatlas.model.load import load
+from qatlas.model.quantized import quantized
 from qatlas.model.roles import Role
-from qatlas.model.rules import Rule, keep_full, quantize, quantized
+from qatlas.model.rules import Rule, keep_full, quantize
 from qatlas.papers import l4q as l4q_file
 from qatlas.papers import lr_qat as lr_qat_file
 from qatlas.papers.l4q import l4q

@@ -38,8 +38,9 @@ from qatlas.core.grid import Sign
 from qatlas.core.quantizer import Quant
 from qatlas.core.scale import AbsMean, MseSearch
 from qatlas.model.load import load
+from qatlas.model.quantized import quantized
 from qatlas.model.roles import Role
-from qatlas.model.rules import Rule, keep_full, quantize, quantized
+from qatlas.model.rules import Rule, keep_full, quantize
 from qatlas.papers.lsq import lsq, signed
 from qatlas.papers.paretoq import paretoq
 from qatlas.train.evaluate import evaluate

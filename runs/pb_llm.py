@@ -23,7 +23,7 @@ from pages import between
 from paretoq_bits import Place, told
 
 from qatlas.model.coverage import describe
-from qatlas.model.rules import quantized
+from qatlas.model.quantized import quantized
 from qatlas.papers.pb_llm import pb_llm
 from qatlas.train.run import Run
 from qatlas.train.task import LanguageModelling

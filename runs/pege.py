@@ -33,7 +33,8 @@ from pages import between
 from quest import Train, kept, told
 from torch import nn
 
-from qatlas.model.rules import Rule, quantized
+from qatlas.model.quantized import quantized
+from qatlas.model.rules import Rule
 from qatlas.papers.pege import pege
 from qatlas.train.evaluate import evaluate
 from qatlas.train.fit import fit

@@ -28,7 +28,7 @@ from .core.error import CheckpointError
 from .core.quantizer import Quantizer, working
 from .layers.rows import RowsQuantizer
 from .model.probe import undisturbed
-from .model.rules import quantized
+from .model.quantized import quantized
 from .train.evaluate import evaluate
 from .train.resume import sha256
 from .train.tactic import Loop, Tactic

@@ -10,7 +10,8 @@ from qatlas.core.error import RuleError
 from qatlas.core.scheme import scheme, weight
 from qatlas.model.coverage import Coverage, Row, describe
 from qatlas.model.pack import pack
-from qatlas.model.rules import Rule, keep_full, quantize, quantizers
+from qatlas.model.quantized import quantizers
+from qatlas.model.rules import Rule, keep_full, quantize
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "resnet"])

@@ -30,7 +30,8 @@ from qatlas.layers.packed import Packed
 from qatlas.layers.quantized import Quantized
 from qatlas.model.load import load
 from qatlas.model.pack import load_into, pack
-from qatlas.model.rules import Rule, keep_full, quantize, quantizers
+from qatlas.model.quantized import quantizers
+from qatlas.model.rules import Rule, keep_full, quantize
 from qatlas.train.calibrate import calibrate_on
 
 AUTO = {"gpt2": AutoModelForCausalLM, "bert": AutoModelForSequenceClassification, "vit": AutoModelForImageClassification}

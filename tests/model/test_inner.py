@@ -21,8 +21,9 @@ from qatlas.layers.attention import QUANTIZED, attached
 from qatlas.model import inner, signals
 from qatlas.model.coverage import describe
 from qatlas.model.pack import checkpoint, load_into, load_packed, pack, save
+from qatlas.model.quantized import quantizers
 from qatlas.model.roles import Role
-from qatlas.model.rules import Rule, keep_full, quantize, quantizers
+from qatlas.model.rules import Rule, keep_full, quantize
 from qatlas.model.taps import override, read, stop_gradient
 from qatlas.train.calibrate import calibrate
 

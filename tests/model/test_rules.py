@@ -29,8 +29,9 @@ from qatlas.layers.adapter import Lora
 from qatlas.layers.linear import QLinear, QTransposed
 from qatlas.model.coverage import describe
 from qatlas.model.pack import checkpoint
+from qatlas.model.quantized import quantized, untie
 from qatlas.model.roles import Role, roles
-from qatlas.model.rules import Rule, keep_full, quantize, quantized, untie
+from qatlas.model.rules import Rule, keep_full, quantize
 
 A8 = scheme("w4a8").input
 

@@ -22,7 +22,7 @@ from qatlas.export import target
 from qatlas.export.onnx.fitting import why_not_signal
 from qatlas.flags import run_parser
 from qatlas.model.pack import checkpoint, load_packed, pack, save
-from qatlas.model.rules import quantized, quantizers
+from qatlas.model.quantized import quantized, quantizers
 from qatlas.papers.bit import Elastic, Elasticity, at, binarize, bit, of_weight, rectify
 from qatlas.papers.bitnet import of_weight as of_bitnet
 from qatlas.train.imitate import Imitation

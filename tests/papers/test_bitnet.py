@@ -22,7 +22,8 @@ from qatlas.layers.norm import Norm
 from qatlas.layers.quantized import Slots
 from qatlas.model.fresh import renew
 from qatlas.model.pack import checkpoint, load_into, load_packed, pack, save
-from qatlas.model.rules import Rule, quantized, quantizers
+from qatlas.model.quantized import quantized, quantizers
+from qatlas.model.rules import Rule
 from qatlas.papers.bitnet import bitnet, of_input, of_weight, unnormed
 from qatlas.train import data, fit
 from qatlas.train.run import Run

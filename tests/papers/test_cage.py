@@ -18,7 +18,8 @@ from qatlas.core.scale import AbsMax, Learned
 from qatlas.core.transform import Hadamard
 from qatlas.layers.linear import QLinear
 from qatlas.layers.quantized import Slots
-from qatlas.model.rules import Rule, quantize, quantized
+from qatlas.model.quantized import quantized
+from qatlas.model.rules import Rule, quantize
 from qatlas.papers.cage import Cage, cage, left
 from qatlas.papers.quest import gaussian, quest
 from qatlas.train import data

@@ -22,7 +22,8 @@ from qatlas.export.onnx.fitting import why_not_signal
 from qatlas.flags import run_parser
 from qatlas.layers.tokens import Mixed, Mixing, Sorting
 from qatlas.model.pack import checkpoint, load_packed, pack, save
-from qatlas.model.rules import quantize, quantized, quantizers
+from qatlas.model.quantized import quantized, quantizers
+from qatlas.model.rules import quantize
 from qatlas.model.taps import read
 from qatlas.papers.edgeqat import Guided, Start, distribution_loss, edgeqat, entropy_loss, guided, of_input, rules
 from qatlas.train.evaluate import evaluate

@@ -17,7 +17,8 @@ from qatlas.core.grain import PerTensor, PerToken
 from qatlas.core.grid import Uniform
 from qatlas.core.quantizer import Quant, Quantizer
 from qatlas.core.scale import AbsMax
-from qatlas.model.rules import Rule, keep_full, quantize, quantized
+from qatlas.model.quantized import quantized
+from qatlas.model.rules import Rule, keep_full, quantize
 from qatlas.papers.fpq import Perturbed, apart, channels, fpq, of_input, of_weight, perturb
 from qatlas.train import data
 from qatlas.train.fit import fit

@@ -15,7 +15,8 @@ from qatlas.layers.frozen import Cast
 from qatlas.layers.linear import QLinear
 from qatlas.layers.quantized import Slots
 from qatlas.model.pack import checkpoint, load_packed, save
-from qatlas.model.rules import Rule, keep_full, quantize, quantized
+from qatlas.model.quantized import quantized
+from qatlas.model.rules import Rule, keep_full, quantize
 from qatlas.papers.l4q import TRAINED, Covering, l4q, of_weight
 from qatlas.train.fit import fit
 from qatlas.train.optim import AdamW

@@ -14,7 +14,7 @@ from qatlas.core.quantizer import Quantizer
 from qatlas.export import target
 from qatlas.model.inner import installed
 from qatlas.model.pack import checkpoint, load_packed, pack, save
-from qatlas.model.rules import quantized
+from qatlas.model.quantized import quantized
 from qatlas.papers.lr_qat import lr_qat, of_weight
 from qatlas.train.run import Run
 from qatlas.train.tactic import Tactic

@@ -16,7 +16,8 @@ from qatlas.core.grain import Group, PerTensor
 from qatlas.core.grid import Ternary, Uniform
 from qatlas.export import target
 from qatlas.model.pack import checkpoint, pack
-from qatlas.model.rules import Rule, quantized, quantizers
+from qatlas.model.quantized import quantized, quantizers
+from qatlas.model.rules import Rule
 from qatlas.papers.lsq import lsq
 from qatlas.train import data, fit
 from qatlas.train.evaluate import evaluate

@@ -21,7 +21,8 @@ from qatlas.core.scale import AbsMax, Learned
 from qatlas.core.transform import Hadamard
 from qatlas.layers.linear import QLinear
 from qatlas.layers.quantized import Slots
-from qatlas.model.rules import Rule, quantize, quantized
+from qatlas.model.quantized import quantized
+from qatlas.model.rules import Rule, quantize
 from qatlas.papers.oscillations import Dampen, Track, at_edges, dampening, inducing, of_weight, oscillations, reestimate
 from qatlas.train import data
 from qatlas.train.fit import fit

@@ -23,7 +23,7 @@ from qatlas.core.scale import AbsMax, Learned
 from qatlas.export import target
 from qatlas.flags import run_parser
 from qatlas.model.pack import checkpoint, pack
-from qatlas.model.rules import quantized
+from qatlas.model.quantized import quantized
 from qatlas.papers.paretoq import GRIDS, of_weight, paretoq
 from qatlas.train import data, fit
 from qatlas.train.run import Run

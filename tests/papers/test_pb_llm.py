@@ -23,7 +23,8 @@ from qatlas.model.coverage import describe
 from qatlas.model.exportable import holders
 from qatlas.model.further import unpack
 from qatlas.model.pack import checkpoint, load_packed, pack, save
-from qatlas.model.rules import Rule, quantized
+from qatlas.model.quantized import quantized
+from qatlas.model.rules import Rule
 from qatlas.papers.pb_llm import Partial, largest, pb_llm, rounded, tails
 from qatlas.train import data, fit
 from qatlas.train.run import Run

@@ -26,7 +26,8 @@ from qatlas.export import target
 from qatlas.layers.linear import QLinear
 from qatlas.layers.quantized import Slots
 from qatlas.model.pack import checkpoint, pack
-from qatlas.model.rules import Rule, quantized
+from qatlas.model.quantized import quantized
+from qatlas.model.rules import Rule
 from qatlas.papers.lsq import lsq
 from qatlas.papers.pege import Curriculum, Mixing, Progressive, drawn, pege
 from qatlas.train import data

@@ -17,7 +17,8 @@ from torch import nn
 from qatlas.core.error import QuantError, RunError
 from qatlas.layers.linear import QLinear
 from qatlas.layers.quantized import Slots
-from qatlas.model.rules import Rule, keep_full, quantize, quantized
+from qatlas.model.quantized import quantized
+from qatlas.model.rules import Rule, keep_full, quantize
 from qatlas.papers.quantization_constraints import (
     Bounded,
     Duals,

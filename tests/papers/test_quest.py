@@ -25,8 +25,9 @@ from qatlas.layers.linear import QLinear
 from qatlas.layers.quantized import Slots
 from qatlas.model.exportable import can_export
 from qatlas.model.pack import checkpoint, load_packed, pack, save
+from qatlas.model.quantized import quantized, quantizers
 from qatlas.model.roles import Role
-from qatlas.model.rules import Rule, keep_full, quantize, quantized, quantizers
+from qatlas.model.rules import Rule, keep_full, quantize
 from qatlas.papers import quest as paper
 from qatlas.papers.quest import GAUSS, gaussian, quest
 from qatlas.train import data, fit

@@ -20,8 +20,9 @@ from qatlas.core.quantizer import Quant, Quantizer
 from qatlas.core.scale import AbsMean, Learned
 from qatlas.export import target
 from qatlas.model.pack import checkpoint, pack
+from qatlas.model.quantized import quantized
 from qatlas.model.roles import Role
-from qatlas.model.rules import Rule, keep_full, quantize, quantized
+from qatlas.model.rules import Rule, keep_full, quantize
 from qatlas.papers.paretoq import of_weight as paretoq_weight
 from qatlas.papers.paretoq import paretoq
 from qatlas.papers.stableqat import HIGHEST, ROOT, Fourier, of_weight, stableqat

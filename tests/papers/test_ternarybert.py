@@ -18,7 +18,7 @@ from qatlas.core.grid import Ternary
 from qatlas.core.quantizer import Quant, Quantizer
 from qatlas.core.scale import AbsMean
 from qatlas.model.pack import pack
-from qatlas.model.rules import quantized, quantizers
+from qatlas.model.quantized import quantized, quantizers
 from qatlas.papers.ternarybert import Curvature, Curved, Lat, LossAware, ternarize, ternarybert
 from qatlas.train.imitate import Imitation
 from qatlas.train.run import Run

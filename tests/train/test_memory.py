@@ -8,7 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qatlas.core.error import RuleError, RunError
 from qatlas.layers.adapter import Lora
 from qatlas.layers.frozen import Cast, Places
-from qatlas.model.rules import Rule, keep_full, quantize, quantized
+from qatlas.model.quantized import quantized
+from qatlas.model.rules import Rule, keep_full, quantize
 from qatlas.papers.l4q import TRAINED, of_weight
 from qatlas.papers.lr_qat import of_weight as places_weight
 from qatlas.train.memory import Held, expected

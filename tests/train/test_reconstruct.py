@@ -17,8 +17,9 @@ from qatlas.core.scale import AbsMax, Learned, MinMax
 from qatlas.layers.packed import Packed, PackedLinear
 from qatlas.layers.quantized import Quantized
 from qatlas.model.pack import pack
+from qatlas.model.quantized import quantized
 from qatlas.model.roles import Role
-from qatlas.model.rules import Rule, keep_full, quantize, quantized
+from qatlas.model.rules import Rule, keep_full, quantize
 from qatlas.record import Record, Watch
 from qatlas.train.labelled import Classification
 from qatlas.train.optim import AdamW

@@ -21,8 +21,8 @@ from ..layers.quantized import Quantized
 from ..layers.rows import Rows
 from . import inner, mixture
 from .probe import forward, undisturbed
+from .quantized import quantizers, reachable
 from .roles import roles
-from .rules import quantizers, reachable
 
 
 @dataclass

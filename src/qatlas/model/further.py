@@ -23,7 +23,7 @@ from ..layers.adapter import AdapterSpec
 from ..layers.packed import Packed, PackedLinear
 from ..layers.quantized import Quantized
 from . import artefact, hub, mixture
-from .rules import LAYERS
+from .quantized import LAYERS
 
 PLACES = ("after", "beside")
 

@@ -21,31 +21,26 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..core.error import QuantError, RuleError, nearest
+from ..core.error import RuleError, nearest
 from ..core.noun import Noun
 from ..core.quantizer import Quant, Quantizer
 from ..core.scheme import scheme
 from ..core.transform import Transform
 from ..layers.adapter import AdapterSpec
 from ..layers.attention import SLOTS, WATCHED, attends
-from ..layers.conv import QConv1d, QConv2d
 from ..layers.embedding import QEmbedding
-from ..layers.experts import QStack
 from ..layers.frozen import Frozen
-from ..layers.linear import QLinear, QTransposed
 from ..layers.norm import Norm
 from ..layers.packed import Packed
 from ..layers.quantized import Quantized, Slots
 from . import fused, inner, mixture
 from .fitting import fitted
 from .probe import peaks
+from .quantized import check_tied, quantizers, reachable, replace
 from .roles import Role, roles
 from .signals import matches
-
-LAYERS: tuple[type[Quantized], ...] = (QLinear, QTransposed, QConv1d, QConv2d, QEmbedding, QStack)
 
 
 @dataclass(frozen=True)
@@ -170,7 +165,7 @@ class Decision:
 
     def carry_out(self, model: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> None:
         """Replace the layers whose names are wanted."""
-        _replace(model, {name: slots for name, slots in self.layers.items() if wanted(name)}, self.peak)
+        replace(model, {name: slots for name, slots in self.layers.items() if wanted(name)}, self.peak)
 
 
 def decided(model: nn.Module, rules: str | Sequence[Rule], task: Any = None, target: str | None = None) -> Decision:
@@ -192,7 +187,7 @@ def decided(model: nn.Module, rules: str | Sequence[Rule], task: Any = None, tar
         target = getattr(task, "target", None) or target
         if target:
             plan = fitted(model, reachable(model), plan, inside, target)
-        _check_tied(model, plan)
+        check_tied(model, plan)
         thirsty = [name for name, slots in plan.items() if slots.transform is not None and slots.transform.needs_peak]
         peak = peaks(model, task.calibration(), thirsty) if thirsty and task is not None else {}
     except BaseException:
@@ -205,28 +200,6 @@ def decided(model: nn.Module, rules: str | Sequence[Rule], task: Any = None, tar
 def _calibrate(model: nn.Module, task: Any) -> None:
     if task is not None and any(not q.ready or getattr(q.quant.grid, "signed", True) is None for q in quantizers(model).values()):
         task.calibrate(model)
-
-
-def quantizers(model: nn.Module) -> dict[str, Quantizer]:
-    """Name -> Quantizer, for all of them."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
-
-
-def quantized(model: nn.Module) -> dict[str, Quantized]:
-    """Name -> trainable quantized layer."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Quantized)}
-
-
-def reachable(model: nn.Module) -> dict[str, type[Quantized]]:
-    """Module name -> the quantized layer that can stand in its place. A subclass or a module with a forward of its own (hooks of
-    accelerate's device maps), or one whose weight is computed (weight_norm), is not reachable."""
-    found = {}
-    for name, module in model.named_modules():
-        for layer in LAYERS:
-            plain = type(module).forward is layer.replaces.forward and "forward" not in module.__dict__ and "weight" in module._parameters
-            if isinstance(module, layer.replaces) and plain:
-                found[name] = layer
-    return found
 
 
 def _plan(model: nn.Module, rules: Sequence[Rule]) -> tuple[dict[str, Slots], dict[str, dict[str, Quant]]]:
@@ -306,47 +279,3 @@ def _unused(model: nn.Module, rule: Rule, index: int, names: Iterable[str]) -> N
     raise RuleError(f"rule {index + 1} ({rule.where!r}) matches no {'layer' if _wants(rule) else 'module'}.\n  nearest names: {', '.join(close)}\n"
                     f"  roles: {', '.join(Role)}\n"
                     "  A rule that matches nothing would leave tensors in full precision unseen; take it out or mend the name.")
-
-
-def _check_tied(model: nn.Module, plan: dict[str, Slots]) -> None:
-    owners: dict[int, list[str]] = {}
-    for name in reachable(model):
-        weight = getattr(model.get_submodule(name), "weight", None)
-        if weight is not None:
-            owners.setdefault(id(weight), []).append(name)
-    for names in owners.values():
-        all_said = [plan.get(name, Slots()) for name in names]
-        said = {(slots.weight, slots.transform, slots.adapter) if slots.weight is not None else None for slots in all_said}
-        if len(said) > 1:                                         # one quantizer serves them all, so they must show it the same tensor
-            raise RuleError(f"{' and '.join(names)} share one weight but the rules give them different numbers; "
-                            "give both the same Quant, transform and adapter, or untie them")
-        if len(names) > 1 and any(slots.frozen is not None for slots in all_said):
-            raise RuleError(f"{' and '.join(names)} share one weight, which cannot be frozen for each by itself; untie them, or keep them full")
-
-
-def _replace(model: nn.Module, plan: dict[str, Slots], peak: dict[str, Tensor]) -> None:
-    layers, made = reachable(model), {}
-    shared: dict[int, Any] = {}
-    for name, slots in plan.items():
-        module = model.get_submodule(name)
-        try:
-            made[name] = layers[name].of(module, slots, peak.get(name))
-        except QuantError as error:
-            raise QuantError(f"{name}: {error}") from None
-        first = shared.setdefault(id(module.weight), made[name])
-        made[name].weight_quantizer = first.weight_quantizer      # tied weights share one quantizer
-    for name, layer in made.items():
-        old = model.get_submodule(name)
-        for parent in model.modules():
-            for child, part in parent._modules.items():
-                if part is old:
-                    parent._modules[child] = layer
-
-
-@torch.no_grad()
-def untie(model: nn.Module) -> nn.Module:
-    """Give the output embeddings a copy of their own, so that they and the input embeddings may get different numbers."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    head.weight = nn.Parameter(head.weight.detach().clone())
-    model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-    return model

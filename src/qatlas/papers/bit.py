@@ -60,8 +60,9 @@ from ..core.quantizer import Known, Quant, Quantizer, working
 from ..core.scale import AbsMean, Learned, Scale
 from ..model.blocks import blocks
 from ..model.coverage import describe
+from ..model.quantized import quantized, quantizers
 from ..model.roles import Role
-from ..model.rules import Rule, keep_full, quantize, quantized, quantizers
+from ..model.rules import Rule, keep_full, quantize
 from ..train.fit import fit, widen
 from ..train.imitate import Imitation, teacher_for
 from ..train.optim import AdamW, BertAdam

@@ -52,8 +52,9 @@ from ..layers.norm import Norm
 from ..model.blocks import blocks
 from ..model.coverage import describe
 from ..model.fresh import renew
+from ..model.quantized import reachable
 from ..model.roles import Role
-from ..model.rules import Rule, keep_full, quantize, reachable
+from ..model.rules import Rule, keep_full, quantize
 from ..model.signals import attentions
 from ..train import schedule
 from ..train.fit import fit

@@ -59,8 +59,9 @@ from ..core.scale import AbsMean, Learned, Scale
 from ..layers.tokens import Mixed, Sorted
 from ..model.blocks import blocks
 from ..model.coverage import describe
+from ..model.quantized import reachable
 from ..model.roles import Role
-from ..model.rules import Rule, keep_full, quantize, reachable
+from ..model.rules import Rule, keep_full, quantize
 from ..model.signals import attentions
 from ..model.taps import read
 from ..train import loss

@@ -50,8 +50,9 @@ from ..core.scale import AbsMean, Learned, MinMax
 from ..layers.conv import QConv1d, QConv2d
 from ..layers.quantized import Quantized
 from ..model.coverage import describe
+from ..model.quantized import quantized
 from ..model.roles import Role
-from ..model.rules import Rule, keep_full, quantize, quantized
+from ..model.rules import Rule, keep_full, quantize
 from ..model.taps import override, read
 from ..train.fit import fit
 from ..train.imitate import bare

@@ -61,8 +61,9 @@ from ..core.scale import AbsMax, Learned, MseSearch
 from ..layers.quantized import Quantized
 from ..layers.rows import RowsQuantizer
 from ..model.coverage import describe
+from ..model.quantized import quantized
 from ..model.roles import Role
-from ..model.rules import Rule, keep_full, quantize, quantized
+from ..model.rules import Rule, keep_full, quantize
 from ..train.evaluate import judged
 from ..train.fit import fit
 from ..train.imitate import bare

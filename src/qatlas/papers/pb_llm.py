@@ -59,8 +59,9 @@ from ..layers.quantized import Layer
 from ..model import artefact
 from ..model.coverage import describe
 from ..model.pack import pack
+from ..model.quantized import quantized
 from ..model.roles import Role
-from ..model.rules import Decision, Rule, decided, keep_full, quantized
+from ..model.rules import Decision, Rule, decided, keep_full
 from ..train.fit import fit
 from ..train.optim import AdamW
 from ..train.schedule import cosine

@@ -59,8 +59,9 @@ from ..core.scale import AbsMax, AbsMean, Learned
 from ..layers.adapter import Adapter, AdapterSpec
 from ..layers.quantized import Quantized
 from ..model.coverage import describe
+from ..model.quantized import quantized
 from ..model.roles import Role
-from ..model.rules import UNSET, Rule, keep_full, quantize, quantized
+from ..model.rules import UNSET, Rule, keep_full, quantize
 from ..model.taps import read
 from ..train import loss as losses
 from ..train.evaluate import judged

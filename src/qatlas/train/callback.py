@@ -35,7 +35,7 @@ from ..layers.quantized import Quantized
 from ..model import hub
 from ..model.artefact import holds
 from ..model.pack import save
-from ..model.rules import quantizers
+from ..model.quantized import quantizers
 from .calibrate import pending
 from .optim import role, unit
 

@@ -34,7 +34,7 @@ from ..core.quantizer import Quantizer
 from ..layers.packed import Packed
 from ..layers.quantized import Quantized
 from ..model.probe import undisturbed
-from ..model.rules import quantized
+from ..model.quantized import quantized
 from .tactic import Loss
 from .task import Batch, device, moved
 from .teacher import full_precision
