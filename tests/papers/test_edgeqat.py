@@ -24,6 +24,7 @@ from qatlas.layers.tokens import Mixed, Mixing, Sorting
 from qatlas.model.pack import checkpoint, load_packed, pack, save
 from qatlas.model.quantized import quantized, quantizers
 from qatlas.model.rules import quantize
+from qatlas.model.serving import cache
 from qatlas.model.taps import read
 from qatlas.papers.edgeqat import Guided, Start, distribution_loss, edgeqat, entropy_loss, guided, of_input, rules
 from qatlas.train.evaluate import evaluate
@@ -288,6 +289,8 @@ def test_generation_goes_and_beams_are_refused():
     assert torch.equal(out[:1], again)
     with pytest.raises(QuantError, match=r"beam|not known"):
         model.generate(IDS[:, :5], num_beams=4, **given)
+    with pytest.raises(QuantError, match="no codes of it can be stored"):
+        cache(model)
 
 
 def test_a_padded_row_is_the_row():

@@ -39,6 +39,11 @@ def cache(model: Any) -> KeyValueCache:
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     held = _storing(model)
+    odd = next((f"{name}:{side}" for name, module in model.named_modules() for side, q in attached(module).items()
+                if side in SIDES and not q.quant.plain), None)
+    if odd is not None:
+        raise QuantError(f"{odd} chooses its numbers by more than the token itself, so no codes of it can be stored; generate as ever, with "
+                         "transformers' cache: the same numbers")
     if not held:
         raise QuantError(f"no attention of this {type(model).__name__} quantizes keys or values, so there is nothing to store as codes; write a "
                          'scheme with kv ("w4a8kv8"), or Rule("@attention:key", signal=...), or take transformers\' DynamicCache()')

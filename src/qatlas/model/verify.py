@@ -236,7 +236,7 @@ def _computed(model: nn.Module, target: str, path: Path, engine: Any, asked: lis
     bare = f"with its inputs in full precision: the target leaves {len(left_out)} quantizers out"
     claim = f"{target} computes what the trained model computes" + (f", {bare}" if left_out else "")
     quantized = not left_out and any(q.on for q in _activations(model))
-    limit = getattr(engine, "TIES", TIES) if quantized else SUMS
+    limit = TIES if quantized else SUMS
     tolerance = f"{limit:g} of the largest logit: sums run in another order" + (", ties of activations fall either way" if quantized else "")
     with _inputs_off(model) if left_out else contextlib.nullcontext():
         ours = _answers(model, asked)

@@ -22,7 +22,6 @@ NAME = "OpenVINO"
 SETTINGS = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY", "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
 UNREAD = ("INT2", "UINT2")
-TIES = 0.25                                                       # of the largest logit: more ties than others have; 0.13 was seen (MiniLM)
 
 
 def why_not(path: str | Path) -> str | None:
