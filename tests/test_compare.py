@@ -47,6 +47,12 @@ def test_bits_that_a_paper_does_not_have_are_refused_aloud(made):
     assert made.beside("lsq:group=32", 4.0) is not None and made.verdict("lsq:group=32", 4.0) == "open"
 
 
+def test_papers_are_held_against_a_paper(job, made):
+    """Unasked, too: the control has no bits at which anything could be compared with it."""
+    again = compare(["plain", "lsq", "lsq:group=32"], job, [4, 1], steps=2, seeds=1, shared={"lr": 1e-3})
+    assert again.against == "lsq" and again.beside("lsq:group=32", 4.0) == made.beside("lsq:group=32", 4.0) is not None
+
+
 def test_a_cell_is_what_its_command_makes(job, made, capsys):
     """The command of a cell, run alone, ends at the same score."""
     cell = made.of("lsq", 4.0)[0]

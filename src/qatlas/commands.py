@@ -151,7 +151,7 @@ def compare(*paper: str, model: str = "zoo:gpt", data: str = "builtin:docs", tas
         steps: optimizer steps of each run.
         seeds: runs of each entry, seeds 0, 1, ...
         shared: arguments for every paper that has them, such as distil=true,lr=1e-3.
-        against: the entry that the others are held against, seed by seed; by default the first.
+        against: the entry that the others are held against, seed by seed, at the same bits; by default the first but plain.
         out: the directory; the same command goes on in it.
         length: tokens of a window (lm, chat) or of a sentence.
         batch: rows of an optimizer step.

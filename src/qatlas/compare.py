@@ -112,7 +112,7 @@ def compare(entries: Sequence[str], job: Job, bits: Sequence[float], steps: int,
             against: str | None = None, command: str = "", say: Callable[[str], None] = lambda line: None) -> Trials:
     """Run all that is not there yet in `job.out`, write table, figure and page, and return the trials.
 
-    against: the entry that the others are held against; by default the first.
+    against: the entry that the others are held against, at the same bits; by default the first but "plain", which has none.
 
     Raises:
         RunError: no directory, no such paper, an argument that no entry has, another comparison in the directory.
@@ -122,6 +122,7 @@ def compare(entries: Sequence[str], job: Job, bits: Sequence[float], steps: int,
     wanted, shared = [Entry.read(text) for text in dict.fromkeys(entries)], dict(shared or {})
     if against is not None and against not in [entry.name for entry in wanted]:
         raise RunError(f"against={against!r} is none of the entries: {', '.join(entry.name for entry in wanted)}")
+    base = next((entry.name for entry in wanted if entry.paper != PLAIN), PLAIN)
     for key in shared:
         if not any(key in parameters(entry.paper) for entry in wanted):
             raise RunError(f"shared argument {key!r}: none of these papers has it")
@@ -131,7 +132,7 @@ def compare(entries: Sequence[str], job: Job, bits: Sequence[float], steps: int,
     metric = next((m for m in METRICS if m.name in full), None)
     if metric is None:
         raise RunError(f"the task of {job.data} gives no score to compare: {', '.join(full) or 'nothing'}")
-    found = Trials(job.model, job.data, metric.name, metric.lower, full, size, against or wanted[0].name, command,
+    found = Trials(job.model, job.data, metric.name, metric.lower, full, size, against or base, command,
                    claims={e.name: str(getattr(papers.module(e.paper), "CLAIM", "")) for e in wanted if e.paper != PLAIN})
     for seed in range(seeds):
         for entry in wanted:
