@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar_rows import kept, means
+from cifar_rows import means
+from kept import kept
 from pages import between
 from paretoq_bits import Place
 from torch import nn

@@ -13,14 +13,13 @@ data. All rows of a model and bits see the same text for the same seed. LSQ has 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from kept import kept
 from pages import between
 from paretoq_bits import Place, told
 from torch import nn
@@ -69,28 +68,21 @@ def one(place: Place, name: str, bits: int, group: int, seed: int, out: Path) ->
     n, e = COST[place.name]
     where = out / f"{place.name}-b{bits}-g{group}-{name.replace(',', '').replace(' ', '-')}-s{seed}.json"
     settings = {"bits": bits, "group": group, "seed": seed, "N": n, "E": e, **RATES}
-    if where.exists():
-        kept = json.loads(where.read_text())
-        if any(kept[key] != value for key, value in settings.items()):
-            raise SystemExit(f"{where} was made with other settings; name another --out")
-        return kept
-    began = time.process_time()
-    torch.manual_seed(seed)
-    task = task_of(place, seed, bits)
-    model = place.model()
-    model = rows(bits, group, n, e)[name](model, task) if name != FULL else model.eval()
-    kept = settings | place.judge(model, task)
-    kept |= {"blocks": [[h.loss[0], statistics.fmean(h.loss[-10:])] for h in task.run.histories], "cpu seconds": time.process_time() - began}
-    where.parent.mkdir(parents=True, exist_ok=True)
-    where.write_text(json.dumps(kept))
-    print(where.stem, f"{kept['perplexity']:.3f}", f"{kept['cpu seconds']:.0f} s", flush=True)
-    return kept
+
+    def make() -> dict[str, Any]:
+        torch.manual_seed(seed)
+        task = task_of(place, seed, bits)
+        model = place.model()
+        model = rows(bits, group, n, e)[name](model, task) if name != FULL else model.eval()
+        return place.judge(model, task) | {"blocks": [[h.loss[0], statistics.fmean(h.loss[-10:])] for h in task.run.histories]}
+
+    return kept(where, settings, make)
 
 
 def table(found: dict[tuple[int, int, str], list[dict[str, Any]]]) -> str:
     """By bits and group."""
     lines = ["| bits, group | | perplexity |", "|---|---|---|"]
-    lines += [f"| {'' if name == FULL else f'{bits}, {group}'} | {name} | {told([kept['perplexity'] for kept in runs])} |"
+    lines += [f"| {'' if name == FULL else f'{bits}, {group}'} | {name} | {told([run['perplexity'] for run in runs])} |"
               for (bits, group, name), runs in found.items()]
     return "\n".join(lines) + "\n"
 

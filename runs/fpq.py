@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar_rows import Cifar, kept, means
+from cifar_rows import Cifar, means
+from kept import kept
 from pages import between
 from torch import nn
 

@@ -17,16 +17,15 @@ train the same thing; they were not searched.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from kept import kept
 from lsq_stories260k import perplexity, setting
 from pages import between
 from torch import nn
@@ -173,30 +172,24 @@ def one(name: str, row: Row, seed: int, place: Place, given: argparse.Namespace)
     """One run, kept as a small file; one that is there already is not repeated."""
     where = Path(given.out) / f"{place.which}-{name.replace(',', '').replace('(', '').replace(')', '').replace(' ', '-')}-s{seed}.json"
     settings = {"seed": seed, "steps": given.steps, "rates": RATES[place.which]}
-    if where.exists():
-        kept = json.loads(where.read_text())
-        if any(kept[key] != value for key, value in settings.items()):
-            raise SystemExit(f"{where} was made with other settings; name another --out")
-        return kept
-    began = time.process_time()
-    torch.manual_seed(seed)
-    bits, group = next((b, g) for b, g in SETTINGS[place.which] if name.startswith(f"{b} bits"))
-    task = place.task(seed, bits, group, paper_of(name, row))
-    model = row(place.fresh(), task)
-    kept = settings | place.judge(model.eval(), task) | {"cut": cut(model), "cpu seconds": time.process_time() - began}
-    where.parent.mkdir(parents=True, exist_ok=True)
-    where.write_text(json.dumps(kept))
-    print(where.stem, {key: round(kept[key], 4) for key in ("perplexity", "loss") if key in kept}, f"{kept['cpu seconds']:.0f} s", flush=True)
-    return kept
+
+    def make() -> dict[str, Any]:
+        torch.manual_seed(seed)
+        bits, group = next((b, g) for b, g in SETTINGS[place.which] if name.startswith(f"{b} bits"))
+        task = place.task(seed, bits, group, paper_of(name, row))
+        model = row(place.fresh(), task)
+        return place.judge(model.eval(), task) | {"cut": cut(model)}
+
+    return kept(where, settings, make)
 
 
 def table(which: str, full: float, results: dict[str, list[dict[str, Any]]]) -> str:
     key = "perplexity" if which == "recover" else "loss"
     lines = [f"| {which} | {key} | cut at the end |", "|---|---|---|", f"| full precision, not trained | {full:.3f} | |"]
-    for name, kept in results.items():
-        values = [run[key] for run in kept]
+    for name, found in results.items():
+        values = [run[key] for run in found]
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 and max(values) > min(values) else ""
-        share = "" if kept[0]["cut"] is None else f"{100 * statistics.mean(run['cut'] for run in kept):.2f} %"
+        share = "" if found[0]["cut"] is None else f"{100 * statistics.mean(run['cut'] for run in found):.2f} %"
         lines.append(f"| {name} | {statistics.mean(values):.3f}{spread} | {share} |")
     return "\n".join(lines) + "\n"
 

@@ -24,7 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cifar_rows import ENDS, Cifar, kept, means
+from cifar_rows import ENDS, Cifar, means
+from kept import kept
 from pages import between
 from torch import nn
 

@@ -13,12 +13,11 @@ same order; training is by the labels, as the paper's, with the same steps and r
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from kept import kept
 from pages import between
 from paretoq_bits import Place, told
 
@@ -51,23 +50,16 @@ def one(place: Place, name: str, arguments: dict[str, Any], seed: int, lr: float
     """One run, kept as a small file; one that is there is not repeated."""
     where = out / f"stories-{name.replace(',', '').replace(' ', '-').replace('%', '')}-s{seed}.json"
     settings = {"seed": seed, "lr": lr, **arguments}
-    if where.exists():
-        kept = json.loads(where.read_text())
-        if any(kept[key] != value for key, value in settings.items()):
-            raise SystemExit(f"{where} was made with other settings; name another --out")
-        return kept
-    began = time.process_time()
-    torch.manual_seed(seed)
-    task = LanguageModelling(place.text, place.tokenizer, length=128, batch=8, run=Run(None, seed=seed))
-    model = pb_llm(place.model(), task, lr=lr, **arguments)
-    own = [row for row in describe(model).rows if row.weight != "full"]
-    bits = sum(row.bits * torch.Size(row.shape).numel() for row in own) / sum(torch.Size(row.shape).numel() for row in own)
-    kept = settings | place.judge(model, task) | {"bits": bits, "layers": len(own), "trainable": len(quantized(model)),
-                                                  "cpu seconds": time.process_time() - began}
-    where.parent.mkdir(parents=True, exist_ok=True)
-    where.write_text(json.dumps(kept))
-    print(where.stem, f"{kept['perplexity']:.3f}", f"{kept['cpu seconds']:.0f} s", flush=True)
-    return kept
+
+    def make() -> dict[str, Any]:
+        torch.manual_seed(seed)
+        task = LanguageModelling(place.text, place.tokenizer, length=128, batch=8, run=Run(None, seed=seed))
+        model = pb_llm(place.model(), task, lr=lr, **arguments)
+        own = [row for row in describe(model).rows if row.weight != "full"]
+        bits = sum(row.bits * torch.Size(row.shape).numel() for row in own) / sum(torch.Size(row.shape).numel() for row in own)
+        return place.judge(model, task) | {"bits": bits, "layers": len(own), "trainable": len(quantized(model))}
+
+    return kept(where, settings, make)
 
 
 def main() -> None:
@@ -90,7 +82,7 @@ def main() -> None:
     lines = ["| | bits a weight | perplexity |", "|---|---|---|"]
     for name, runs in found.items():
         bits = runs[0]["bits"] - (not runs[0]["salient"])         # where nothing is salient no mask is needed
-        lines.append(f"| {name} | {bits:.2f} | {told([kept['perplexity'] for kept in runs])} |")
+        lines.append(f"| {name} | {bits:.2f} | {told([run['perplexity'] for run in runs])} |")
     text = "\n".join(lines) + "\n"
     print(text)
     if given.page:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cifar_rows import ENDS, Cifar, kept, means
+from cifar_rows import ENDS, Cifar, means
+from kept import kept
 from pages import between
 
 from qatlas.model.rules import Rule, keep_full

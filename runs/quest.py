@@ -21,17 +21,16 @@ from the text alone. Every linear layer but the head; a fresh step a row and a t
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from kept import kept
 from lsq_stories260k import perplexity, setting
 from pages import between
 from torch import nn
@@ -116,21 +115,6 @@ class Place:
     def judge(self, model: nn.Module, task: LanguageModelling) -> float:
         """The loss, or the perplexity of real stories."""
         return perplexity(model, self.tokenizer, self.real) if self.name == "stories" else evaluate(model, task)["loss"]
-
-
-def kept(where: Path, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a run gave, in a small file; one that is there is not repeated."""
-    if where.exists():
-        found = json.loads(where.read_text())
-        if any(found[key] != value for key, value in settings.items()):
-            raise SystemExit(f"{where} was made with other settings; name another --out")
-        return found
-    began = time.process_time()
-    found = settings | make() | {"cpu seconds": round(time.process_time() - began, 1)}
-    where.parent.mkdir(parents=True, exist_ok=True)
-    where.write_text(json.dumps(found))
-    print(where.stem, {key: value for key, value in found.items() if key not in settings}, flush=True)
-    return found
 
 
 def one(name: str, train: Train, seed: int, place: Place, out: Path) -> dict[str, Any]:

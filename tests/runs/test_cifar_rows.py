@@ -1,6 +1,4 @@
-"""What the runs on CIFAR share: a run that is there is not repeated, and not mistaken for another."""
-
-import json
+"""What the runs on CIFAR share: means and spreads of their tables."""
 
 import pytest
 from scripts import ROOT, script
@@ -10,21 +8,6 @@ from scripts import ROOT, script
 def rows(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "runs"))
     return script("cifar_rows")
-
-
-def test_a_run_is_made_once(rows, tmp_path):
-    made = []
-
-    def make():
-        made.append(1)
-        return {"accuracy": 12.5}
-
-    where = tmp_path / "a" / "one.json"
-    first = rows.kept(where, {"seed": 0}, make)
-    assert first == rows.kept(where, {"seed": 0}, make) == json.loads(where.read_text()) and len(made) == 1
-    assert first["accuracy"] == 12.5 and first["seed"] == 0 and first["cpu seconds"] >= 0
-    with pytest.raises(SystemExit, match="other settings"):
-        rows.kept(where, {"seed": 1}, make)
 
 
 def test_means_and_spreads(rows):
