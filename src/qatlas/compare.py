@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shlex
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -188,8 +189,13 @@ def _run(state: Path, trial: Trial, job: Job) -> Trial:
     mean = 32.0 if trial.paper == PLAIN else describe(model, task.probe()).bits
     size = 2 * sum(p.numel() for p in model.parameters()) if trial.paper == PLAIN else _weigh(model, tokenizer)
     control.finish()
-    return replace(trial, scores=record.scores, mean=mean, bytes=size, seconds=sum(sum(h.seconds) for h in control.histories),
+    return replace(trial, scores=record.scores, mean=mean, bytes=size, seconds=sum(_typical(h.seconds) for h in control.histories),
                    steps=sum(len(h.loss) for h in control.histories), items=round(sum(sum(h.tokens) for h in control.histories)))
+
+
+def _typical(seconds: Sequence[float]) -> float:
+    """The time of all steps if each took the median's: what else runs on the machine for a while does not count."""
+    return statistics.median(seconds) * len(seconds) if seconds else 0.0
 
 
 def _weigh(model: nn.Module, tokenizer: Any) -> int:
