@@ -21,7 +21,8 @@ class Trial:
     """One run: `entry` as it was asked for ("lsq", "lsq:distil=true"), bits, seed, and what came out.
 
     scores: stage -> metrics, "untrained" and "trained". mean: bits a weight with all that stays full. bytes: of the packed model. seconds: of
-    training, all steps at the median's time. items: tokens or rows seen. left: arguments meant for all that this paper does not have. refused: why it was not run.
+    training, all steps at the median's time. items: tokens or rows seen. left: arguments meant for all that this paper does not have. refused: why
+    it was not run.
     """
 
     entry: str
