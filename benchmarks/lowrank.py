@@ -39,6 +39,7 @@ SIZES = {"small": {"width": 256, "depth": 4, "vocabulary": 2048, "rows": 4, "len
 LARGE = {"width": 4096, "depth": 32, "vocabulary": 32000}         # Llama-2-7B; its mlp has 11,008
 ROWS = ("LoRA", "L4Q", "QAT-LoRA", "LoRA, r=32", "LR-QAT", "LSQ")
 CARD = 24e9
+TOLD = (("LR-QAT", 1, False), ("LR-QAT", 4, True), *((row, rows, False) for rows in (1, 2, 4) for row in ("LoRA", "L4Q")))
 
 
 class Beside(nn.Module):
@@ -150,10 +151,12 @@ def section(state: dict[str, Any]) -> str:
         lines.append(f"\nLR-QAT's store: {stored['stored'] / stored['weights']:.3f} bytes a weight.\n")
     if state.get("told"):
         lines += ["### Llama-2-7B in bfloat16, told\n",
-                  "| | rows x tokens | checkpointing | weights | moments | peak | on 24 GB |", "|---|---|---|---|---|---|---|"]
+                  "| | rows x tokens | checkpointing | weights | moments | peak | to LoRA | on 24 GB |", "|---|---|---|---|---|---|---|---|"]
+        plain = {found["rows"]: found["peak"] for found in state["told"] if found["row"] == "LoRA"}
         for found in state["told"]:
+            beside = f"{found['peak'] / plain[found['rows']]:.3f}" if found["row"] == "L4Q" and found["rows"] in plain else ""
             lines.append(f"| {found['row']} | {found['rows']} x {found['length']} | {'blocks' if found['checkpointing'] else 'no'} | "
-                         f"{found['weights'] / 1e9:.1f} GB | {found['moments'] / 1e9:.1f} GB | {found['peak'] / 1e9:.1f} GB | "
+                         f"{found['weights'] / 1e9:.1f} GB | {found['moments'] / 1e9:.1f} GB | {found['peak'] / 1e9:.1f} GB | {beside} | "
                          f"{'fits' if found['peak'] < CARD else 'does not fit'} |")
     return "\n".join(lines) + "\n"
 
@@ -187,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     of[row] = json.loads(done.stdout.splitlines()[-1]) | {"told": told(row, SIZES[size], dtype)["peak"]}
                     save()
                     print(size, dtype, row, of[row], file=sys.stderr, flush=True)
-    for row, rows, checkpointing in (("LR-QAT", 1, False), ("LR-QAT", 4, True), ("L4Q", 1, False), ("LoRA", 1, False)) if given.told else ():
+    for row, rows, checkpointing in TOLD if given.told else ():
         if not any((f["row"], f["rows"], f["checkpointing"]) == (row, rows, checkpointing) for f in state["told"]):
             size = LARGE | {"rows": rows, "length": 1024}
             state["told"].append({"row": row, "rows": rows, "length": 1024, "checkpointing": checkpointing,
