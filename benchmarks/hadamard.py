@@ -44,6 +44,8 @@ def of_quest(bits: int, block: int | None) -> Build:
 
 def measure(found: list[dict[str, Any]], pairs: int, bits: int, save: Any, model: Any = llama) -> None:
     """Rounds until there are so many."""
+    if len(found) >= pairs:
+        return
     builds = {"plain": plain, "no rotation": of_quest(bits, None), "QuEST": of_quest(bits, 128)}
     with ExitStack() as stack:
         trainees = {name: Trainee(build, stack, model()) for name, build in builds.items()}

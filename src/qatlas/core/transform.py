@@ -13,6 +13,7 @@ blocks instead. Layers that read the same tensor (query, key and value; gate and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -84,7 +85,7 @@ class Hadamard(Transform):
         signs = torch.ones(n)
         if self.seed is not None:
             signs = torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(self.seed)) * 2.0 - 1
-        return _Rotate(block, signs.to(weight.device, weight.dtype))
+        return Rotate(block, signs.to(weight.device, weight.dtype))
 
 
 class Rotated(NamedTuple):
@@ -100,11 +101,14 @@ class Rotated(NamedTuple):
         return block == self.block and (x._version, self.value._version) == (self.written, self.answered)
 
 
-class _Rotate(Maps):
+class Rotate(Maps):
+    """Hadamard's. turn: what multiplies the last axis by the matrix; kernels/rotation.py has a faster one."""
+
     signs: Tensor
 
     def __init__(self, block: int, signs: Tensor) -> None:
         super().__init__()
+        self.turn: Callable[..., Tensor] = hadamard
         self.block, self.plain = block, bool((signs == 1).all())
         odd_order(block)                                          # refuses here, not in the first forward
         self.register_buffer("signs", signs)
@@ -122,10 +126,10 @@ class _Rotate(Maps):
 
     def of_weight(self, w: Tensor) -> Tensor:
         w = w if self.plain else w * self.signs
-        return hadamard(w.unflatten(-1, (-1, self.block))).flatten(-2)
+        return self.turn(w.unflatten(-1, (-1, self.block))).flatten(-2)
 
     def back(self, w: Tensor) -> Tensor:
-        return hadamard(w.unflatten(-1, (-1, self.block)), transpose=True).flatten(-2) * self.signs
+        return self.turn(w.unflatten(-1, (-1, self.block)), transpose=True).flatten(-2) * self.signs
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from ..core.noun import from_json
 from ..core.qtensor import Masked, QTensor, pack_bits, straight, unpack_bits
 from ..core.quantizer import Quantizer
 from ..core.stored import rounded
+from ..kernels.rotation import quick
 from .quantized import Layer, Quantized, Slots
 
 
@@ -238,7 +239,7 @@ class Packed(Layer):
                 setattr(packed, f"{name}_quantizer", blank_quantizer(quant, name, meta))
             if slots.transform is not None or slots.adapter is not None:
                 like = torch.ones(tuple(meta["tensor"]["shape"]))
-                packed.transform = slots.transform.build(like, like[0]) if slots.transform is not None else None
+                packed.transform = quick(slots.transform.build(like, like[0])) if slots.transform is not None else None
                 packed.adapter = slots.adapter.build(like) if slots.adapter is not None else None
         return packed
 

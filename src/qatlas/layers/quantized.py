@@ -35,6 +35,7 @@ from ..core.noun import Noun
 from ..core.qtensor import QTensor
 from ..core.quantizer import Known, Quant, Quantizer
 from ..core.transform import Maps, Transform
+from ..kernels.rotation import quick
 from .adapter import Adapter, AdapterSpec
 from .frozen import Frozen
 from .norm import Norm
@@ -128,7 +129,7 @@ class Quantized(Layer):
         if slots.norm is not None and slots.transform is not None and slots.transform.needs_peak:
             raise QuantError(f"{type(slots.transform).__name__} looks at the inputs as they come, the norm would change them; take one of the two")
         self.norm = None if slots.norm is None else slots.norm.build(self.matrix())
-        self.transform = slots.transform.build(self.matrix().detach(), peak) if slots.transform is not None else None
+        self.transform = quick(slots.transform.build(self.matrix().detach(), peak)) if slots.transform is not None else None
         self.adapter = slots.adapter.build(self.matrix().detach()) if slots.adapter is not None else None
         for name in ("weight", "input", "output"):
             quant = getattr(slots, name)
