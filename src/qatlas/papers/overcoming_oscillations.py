@@ -168,8 +168,8 @@ def overcoming_oscillations(model: nn.Module, task: Task, *, bits: float = 3, th
         The model, its layers quantized and trained, in eval mode.
 
     Raises:
-        QuantError: bits that LSQ does not speak of. RunError: a threshold that rises or ends at 0, a strength below 0, a start that does not exist, a
-        weight that cannot be frozen.
+        QuantError: bits that LSQ does not speak of.
+        RunError: a threshold that rises or ends at 0, a strength below 0, a start that does not exist, a weight that cannot be frozen.
     """
     weight = of_weight(bits, start)
     if strength < 0:
