@@ -25,9 +25,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cifar_rows import ENDS, Cifar, means
+from cifar_rows import ENDS, Cifar
 from kept import kept
 from pages import between
+from told import means
 from torch import nn
 
 from qatlas.model.places import at_edges
