@@ -22,16 +22,15 @@ against the full-precision teacher, whoever taught in the end.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
-import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from kept import kept
 from pages import between
+from told import told
 from torch import nn
 
 from qatlas.model.load import load
@@ -68,27 +67,19 @@ def prepared(name: str, given: argparse.Namespace, run: Run) -> tuple[nn.Module,
 
 
 def one(name: str, row: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
-    """One run, kept as a small file; one that is there already is not repeated."""
+    """One run."""
     said = SETTINGS[name]
-    settings = {"model": name, "row": row, "seed": seed, **{key: said[key] for key in ("steps", "batch", "length", "given")}}
-    where = Path(given.out) / f"{name}-{row.replace(' ', '-')}-s{seed}.json"
-    if where.exists():
-        kept = json.loads(where.read_text())
-        if any(kept[key] != value for key, value in settings.items()):
-            raise SystemExit(f"{where} was made with other settings; name another --out")
-        return kept
-    run, began = Run(None, seed=seed, progress=False), time.process_time()
-    model, task, real = prepared(name, given, run)
-    guide = Teacher.of(model)
-    torch.manual_seed(seed)
-    model = bit(model, task, steps=said["steps"], **said["given"], **ROWS[row])
-    seconds = time.process_time() - began
-    kept = settings | judge(model, task, guide, real) | {"history": [loss for history in run.histories for loss in history.loss],
-                                                          "cpu seconds": seconds}
-    where.parent.mkdir(parents=True, exist_ok=True)
-    where.write_text(json.dumps(kept))
-    print(where.stem, f"{kept[said['score']]:.4f}", f"imitation {kept['imitation']:.4f}", f"{seconds:.0f} s", flush=True)
-    return kept
+
+    def make() -> dict[str, Any]:
+        run = Run(None, seed=seed, progress=False)
+        model, task, real = prepared(name, given, run)
+        guide = Teacher.of(model)
+        torch.manual_seed(seed)
+        model = bit(model, task, steps=said["steps"], **said["given"], **ROWS[row])
+        return judge(model, task, guide, real) | {"history": [loss for history in run.histories for loss in history.loss]}
+
+    return kept(Path(given.out) / f"{name}-{row.replace(' ', '-')}-s{seed}.json",
+                {"model": name, "row": row, "seed": seed, **{key: said[key] for key in ("steps", "batch", "length", "given")}}, make)
 
 
 def judge(model: nn.Module, task: Any, guide: Teacher, real: str) -> dict[str, float]:
@@ -110,15 +101,9 @@ def section(name: str, full: dict[str, float], results: dict[str, list[dict[str,
     said = SETTINGS[name]
     lines = [f"| {said['steps']} steps, {max(map(len, results.values()))} seeds | {said['score']} | imitation |", "|---|---|---|",
              f"| full precision | {full[said['score']]:.3f} | |"]
-    lines += [f"| {row} | {told([run[said['score']] for run in kept])} | {told([run['imitation'] for run in kept])} |"
-              for row, kept in results.items() if kept]
+    lines += [f"| {row} | {told([run[said['score']] for run in runs], 3)} | {told([run['imitation'] for run in runs], 3)} |"
+              for row, runs in results.items() if runs]
     return "\n".join(lines) + "\n"
-
-
-def told(values: list[float], digits: int = 3) -> str:
-    """Mean and spread."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):,.{digits}f}{spread}"
 
 
 def main() -> None:

@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from kept import kept
 from pages import between
+from told import told
 
 from qatlas.core.grid import Uniform
 from qatlas.core.quantizer import Quant
@@ -103,24 +103,15 @@ def control(out: Path, given: argparse.Namespace) -> None:
 
 
 def one(out: Path, row: str, lr: float, seed: int, given: argparse.Namespace) -> dict[str, Any]:
-    """One trained run, kept as a small file; a run that is there already is not repeated."""
-    where = out / f"{row.replace(',', '').replace(' ', '-')}-lr{lr:g}-s{seed}.json"
-    settings = {"row": row, "lr": lr, "seed": seed, "steps": given.steps, "batch": given.batch, "length": given.length}
-    if where.exists():
-        kept = json.loads(where.read_text())
-        if any(kept[key] != value for key, value in settings.items()):
-            raise SystemExit(f"{where} was made with other settings; name another --out")
-        return kept
-    began = time.process_time()
-    model, tokenizer = load(MODEL)
-    task = LanguageModelling(DATA, tokenizer, length=given.length, batch=given.batch, run=Run(None, seed=seed))
-    train(model, task, row, lr, given.steps)
-    losses = task.run.histories[0].loss
-    kept = settings | evaluate(model, task) | {"losses": losses[::10], "cpu_seconds": time.process_time() - began}
-    out.mkdir(parents=True, exist_ok=True)
-    where.write_text(json.dumps(kept))
-    print(where.stem, f"{kept['perplexity']:.3f}", f"{kept['cpu_seconds']:.0f} s", flush=True)
-    return kept
+    """One trained run."""
+    def make() -> dict[str, Any]:
+        model, tokenizer = load(MODEL)
+        task = LanguageModelling(DATA, tokenizer, length=given.length, batch=given.batch, run=Run(None, seed=seed))
+        train(model, task, row, lr, given.steps)
+        return evaluate(model, task) | {"losses": task.run.histories[0].loss[::10]}
+
+    return kept(out / f"{row.replace(',', '').replace(' ', '-')}-lr{lr:g}-s{seed}.json",
+                {"row": row, "lr": lr, "seed": seed, "steps": given.steps, "batch": given.batch, "length": given.length}, make)
 
 
 def section(tried: dict[str, list[dict[str, Any]]], chosen: dict[str, list[dict[str, Any]]], given: argparse.Namespace) -> str:
@@ -136,11 +127,6 @@ def section(tried: dict[str, list[dict[str, Any]]], chosen: dict[str, list[dict[
         lines.append(f"| {row} | {told([run['perplexity'] for run in runs])} | {runs[0]['lr']:g} | "
                      + " | ".join(f"{run['perplexity']:.2f}" for run in tried[row]) + f" | {other} | {below} |")
     return "\n".join(lines) + "\n"
-
-
-def told(values: list[float]) -> str:
-    """Mean and spread."""
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def train(model: torch.nn.Module, task: LanguageModelling, row: str, lr: float, steps: int) -> None:

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar_rows import means
 from kept import kept
 from pages import between
 from paretoq_bits import Place
+from told import means
 from torch import nn
 
 from qatlas.model.quantized import quantized

@@ -1,4 +1,4 @@
-"""What the runs of several papers on ResNet-20 and CIFAR-10 share: the model, the data, how it is judged, and small files for single runs.
+"""What the runs of several papers on ResNet-20 and CIFAR-10 share: the model, the data, how it is judged, and the ends that stay full.
 
 The model is the trained checkpoint of cifar_resnet.py, batch norms in place. First convolution and classifier stay in full precision. 25,000 images
 train (mirrored and moved); 750 of the other 25,000 choose what has to be chosen; the first 1,500 test images judge.
@@ -7,7 +7,6 @@ train (mirrored and moved); 750 of the other 25,000 choose what has to be chosen
 from __future__ import annotations
 
 import os
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +55,3 @@ class Cifar:
     def chosen(self, model: nn.Module) -> float:
         """Per cent of the images that choose."""
         return 100 * evaluate(model, self.choice)["accuracy"]
-
-
-def told(values: list[float], digits: int = 2) -> str:
-    """Mean and spread."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):,.{digits}f}{spread}"
-
-
-def means(runs: list[dict[str, Any]], *keys: str, digits: int = 2) -> list[str]:
-    """Of each key that all runs have: mean and spread; else nothing."""
-    return [told([run[key] for run in runs], digits) if all(key in run for run in runs) else "" for key in keys]

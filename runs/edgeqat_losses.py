@@ -20,16 +20,15 @@ attention a token gives to the first one.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from kept import kept
 from lsq_stories260k import perplexity, setting
 from pages import between
+from told import means
 from torch import nn
 
 from qatlas.model.load import load
@@ -50,26 +49,18 @@ STEPS, BATCH, LENGTH, GIVEN = 80, 8, 128, {"bits": 4, "lr": 1e-3, "scale_lr": 0.
 
 
 def one(row: str, seed: int, place: tuple[Any, ...], out: Path) -> dict[str, Any]:
-    """One run, kept as a small file; one that is there already is not repeated."""
-    where = out / f"stories-{row.replace(' ', '-').replace('|', '-')}-s{seed}.json"
-    settings = {"row": row, "seed": seed, "steps": STEPS, "batch": BATCH, "length": LENGTH, **GIVEN}
-    if where.exists():
-        kept = json.loads(where.read_text())
-        if any(kept[key] != value for key, value in settings.items()):
-            raise SystemExit(f"{where} was made with other settings; name another --out")
-        return kept
-    folder, tokenizer, text, real = place
-    model, began = load(str(folder))[0], time.process_time()
-    task, guide = LanguageModelling(text, tokenizer, length=LENGTH, batch=BATCH, run=Run(None, seed=seed, progress=False)), Teacher.of(model)
-    torch.manual_seed(seed)
-    model = edgeqat(model, task, steps=STEPS, **GIVEN, **ROWS[row])
-    seconds = time.process_time() - began
-    kept = settings | {"perplexity": perplexity(model, tokenizer, real), "held out": evaluate(model, task)["loss"]} | looked(model, guide.model, task)
-    kept |= {"history": task.run.histories[0].loss, "cpu seconds": seconds}
-    out.mkdir(parents=True, exist_ok=True)
-    where.write_text(json.dumps(kept))
-    print(where.stem, f"{kept['perplexity']:.4f} cosine {kept['cosine']:.4f} first {kept['first']:.4f}", f"{seconds:.0f} s", flush=True)
-    return kept
+    """One run."""
+    def make() -> dict[str, Any]:
+        folder, tokenizer, text, real = place
+        model = load(str(folder))[0]
+        task, guide = LanguageModelling(text, tokenizer, length=LENGTH, batch=BATCH, run=Run(None, seed=seed, progress=False)), Teacher.of(model)
+        torch.manual_seed(seed)
+        model = edgeqat(model, task, steps=STEPS, **GIVEN, **ROWS[row])
+        found = {"perplexity": perplexity(model, tokenizer, real), "held out": evaluate(model, task)["loss"]} | looked(model, guide.model, task)
+        return found | {"history": task.run.histories[0].loss}
+
+    return kept(out / f"stories-{row.replace(' ', '-').replace('|', '-')}-s{seed}.json",
+                {"row": row, "seed": seed, "steps": STEPS, "batch": BATCH, "length": LENGTH, **GIVEN}, make)
 
 
 @torch.no_grad()
@@ -91,17 +82,11 @@ def section(full: float, results: dict[str, list[dict[str, Any]]]) -> str:
     """The table."""
     lines = [f"| {STEPS} steps, {max(map(len, results.values()))} seeds | perplexity | cosine of maps | attention to the first token |",
              "|---|---|---|---|"]
-    wanted = next((run["first of full precision"] for kept in results.values() for run in kept), 0.0)
+    wanted = next((run["first of full precision"] for runs in results.values() for run in runs), 0.0)
     lines.append(f"| full precision | {full:.3f} | 1 | {wanted:.3f} |")
-    lines += [f"| {row.replace('|', '/')} | " + " | ".join(told([run[key] for run in kept]) for key in ("perplexity", "cosine", "first")) + " |"
-              for row, kept in results.items() if kept]
+    lines += [f"| {row.replace('|', '/')} | " + " | ".join(means(runs, "perplexity", "cosine", "first", digits=3)) + " |"
+              for row, runs in results.items() if runs]
     return "\n".join(lines) + "\n"
-
-
-def told(values: list[float], digits: int = 3) -> str:
-    """Mean and spread."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):,.{digits}f}{spread}"
 
 
 def main() -> None:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from kept import kept
 from pages import between
-from paretoq_bits import Place, told
+from paretoq_bits import Place
+from told import told
 from torch import nn
 
 from qatlas.core.grain import PerChannel

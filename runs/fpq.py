@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar_rows import Cifar, means
+from cifar_rows import Cifar
 from kept import kept
 from pages import between
+from told import means
 from torch import nn
 
 from qatlas.papers.fpq import fpq

@@ -20,23 +20,43 @@ All trained rows start from the same checkpoint and see the same batches in the 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cifar_rows import ENDS, Cifar, means
+from cifar_rows import ENDS, Cifar
 from kept import kept
 from pages import between
+from told import means
 from torch import nn
 
+from qatlas.model.places import at_edges
 from qatlas.model.rules import Rule, keep_full, quantize
-from qatlas.papers.oscillations import Track, at_edges, of_weight, oscillations, reestimate
+from qatlas.papers.oscillations import of_weight, oscillations
+from qatlas.papers.overcoming_oscillations import overcoming_oscillations
+from qatlas.train.fit import fit
+from qatlas.train.optim import AdamW
+from qatlas.train.renorm import reestimate
+from qatlas.train.schedule import cosine
+from qatlas.train.task import Task
+from qatlas.train.track import Track
 
 CROSS = (2, 3, 4, 8)
 LAMBDAS = (300.0, 1000.0, 3000.0)
-ROWS: dict[str, dict[str, Any]] = {
-    "full": {"strength": 0.0}, "induce": {}, "STE": {"mode": "plain", "learned": False}, "LSQ": {"mode": "plain"},
-    "dampen": {"mode": "dampen"}, "freeze": {"mode": "freeze"}}
+
+
+def ste(model: nn.Module, task: Task, *, bits: int, steps: int, lr: float) -> nn.Module:
+    """Trained under the rounding of `oscillations`, straight-through: no paper, its control."""
+    quantize(model, [Rule("*", weight=of_weight(bits, detach=True))], task)      # the task keeps the ends full
+    fit(model, task, optimizer=AdamW(lr=lr), schedule=cosine(0.05), steps=steps)
+    return model
+
+
+ROWS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
+    "full": (oscillations, {"strength": 0.0}), "induce": (oscillations, {}), "STE": (ste, {}),
+    "LSQ": (overcoming_oscillations, {"threshold": 0.0}), "dampen": (overcoming_oscillations, {"threshold": 0.0, "strength": 0.1}),
+    "freeze": (overcoming_oscillations, {})}
 AT = {3: tuple(ROWS)}
 FRESH = ("full", "induce", "STE")
 
@@ -46,18 +66,19 @@ def rounded(cifar: Cifar, trained: nn.Module, bits: int) -> nn.Module:
     model = cifar.model()
     own = dict(trained.state_dict())
     model.load_state_dict({name: own[name] for name in model.state_dict()})
-    return quantize(model, [*keep_full(*ENDS), Rule("*", weight=of_weight("induce", bits))]).eval()
+    return quantize(model, [*keep_full(*ENDS), Rule("*", weight=of_weight(bits))]).eval()
 
 
 def one(cifar: Cifar, name: str, bits: int, seed: int, steps: int, lr: float, strength: float | None) -> dict[str, Any]:
     """One trained row."""
-    watch = Track(0.0)
-    more = ROWS[name] | ({} if strength is None else {"strength": strength})
+    watch = Track()
+    paper, more = ROWS[name]
+    more = more | ({} if strength is None else {"strength": strength})
     quiet = name in ("full", "induce")                            # their integers are of a rounding that the training does not see
-    model = oscillations(cifar.model(), cifar.task(seed, () if quiet or name == "freeze" else (watch,)), bits=bits, steps=steps, lr=lr, **more)
+    model = paper(cifar.model(), cifar.task(seed, () if quiet or name == "freeze" else (watch,)), bits=bits, steps=steps, lr=lr, **more)
     found: dict[str, Any] = {"accuracy": cifar.accuracy(model), "choice": cifar.chosen(model), "edges": 100 * at_edges(model)}
     if not quiet and name != "freeze":
-        found["turning"] = 100 * watch.shares()["oscillating"]
+        found["turning"] = 100 * watch.turning()
     if name in FRESH:
         found |= {f"at {b}": found["accuracy"] if b == bits else cifar.accuracy(rounded(cifar, model, b)) for b in CROSS}
     reestimate(model, cifar.task(seed), 50)

@@ -19,18 +19,18 @@ by the loss on the held-out part of the text: that is never the real stories, bu
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from kept import kept
 from lsq_stories260k import perplexity, setting
 from pages import between
+from told import told
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -112,27 +112,19 @@ def moved(model: nn.Module, start: dict[str, torch.Tensor]) -> float | None:
 
 
 def one(name: str, row: Row, lr: float, seed: int, place: Place, given: argparse.Namespace) -> dict[str, Any]:
-    """One trained run, kept as a small file; one that is there already is not repeated."""
-    where = Path(given.out) / f"{place.name}-{name.replace(',', '').replace(' ', '-')}-lr{lr:g}-s{seed}.json"
-    settings = {"lr": lr, "seed": seed, "steps": given.steps, "batch": given.batch}
-    if where.exists():
-        kept = json.loads(where.read_text())
-        if any(kept[key] != value for key, value in settings.items()):
-            raise SystemExit(f"{where} was made with other settings; name another --out")
-        return kept
-    began = time.process_time()
-    torch.manual_seed(seed)
-    model, task = place.model(row.random), place.task(seed, given.batch)
-    start = {key.removesuffix(".weight"): p.detach().clone() for key, p in model.named_parameters()}
-    if row.paper is None:
-        fit(model, task, optimizer=AdamW(lr=lr), schedule=cosine(0.05), steps=given.steps)
-    else:
-        row.paper(model, task, lr=lr, scale_lr=0.01, warmup=0.05, steps=given.steps, distil=not row.labels)
-    kept = settings | place.judge(model, task) | {"moved": moved(model, start), "cpu seconds": time.process_time() - began}
-    where.parent.mkdir(parents=True, exist_ok=True)
-    where.write_text(json.dumps(kept))
-    print(where.stem, f"{kept['perplexity']:.3f}", f"moved {kept['moved'] or 0:.3f}", f"{kept['cpu seconds']:.0f} s", flush=True)
-    return kept
+    """One trained run."""
+    def make() -> dict[str, Any]:
+        torch.manual_seed(seed)
+        model, task = place.model(row.random), place.task(seed, given.batch)
+        start = {key.removesuffix(".weight"): p.detach().clone() for key, p in model.named_parameters()}
+        if row.paper is None:
+            fit(model, task, optimizer=AdamW(lr=lr), schedule=cosine(0.05), steps=given.steps)
+        else:
+            row.paper(model, task, lr=lr, scale_lr=0.01, warmup=0.05, steps=given.steps, distil=not row.labels)
+        return place.judge(model, task) | {"moved": moved(model, start)}
+
+    return kept(Path(given.out) / f"{place.name}-{name.replace(',', '').replace(' ', '-')}-lr{lr:g}-s{seed}.json",
+                {"lr": lr, "seed": seed, "steps": given.steps, "batch": given.batch}, make)
 
 
 def untrained(place: Place) -> dict[str, float]:
@@ -161,8 +153,8 @@ def main() -> None:
     place, results = Place(given.model, Path(given.scratch), given.stories), {}
     plain = untrained(place)
     tried = {name: [one(name, row, lr, 0, place, given) for lr in given.lr] for name, row in rows(given.model).items()}
-    best = {name: min(runs, key=lambda kept: kept["held out"]) for name, runs in tried.items()}
-    results = {name: [kept] for name, kept in best.items()}
+    best = {name: min(runs, key=lambda run: run["held out"]) for name, runs in tried.items()}
+    results = {name: [run] for name, run in best.items()}
     for seed in range(1, given.seeds):
         for name, row in rows(given.model).items():
             results[name].append(one(name, row, best[name]["lr"], seed, place, given))
@@ -178,17 +170,11 @@ def section(plain: dict[str, float], results: dict[str, list[dict[str, Any]]]) -
     lines = ["| | perplexity | moved | learning rate |", "|---|---|---|---|"]
     for bits in (FULL, *(f"{bits} bits" for bits in BITS)):
         lines += [f"| {name} | {told([value])} | | |" for name, value in plain.items() if name.startswith(f"{bits}, ") or name == bits]
-        for name, kept in results.items():
+        for name, runs in results.items():
             if name.startswith(f"{bits}, "):
-                went = [run["moved"] for run in kept if run["moved"] is not None]
-                lines.append(f"| {name} | {told([run['perplexity'] for run in kept])} | {told(went, 3) if went else ''} | {kept[0]['lr']:g} |")
+                went = [run["moved"] for run in runs if run["moved"] is not None]
+                lines.append(f"| {name} | {told([run['perplexity'] for run in runs])} | {told(went, 3) if went else ''} | {runs[0]['lr']:g} |")
     return "\n".join(lines) + "\n"
-
-
-def told(values: list[float], digits: int = 2) -> str:
-    """Mean and spread."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):,.{digits}f}{spread}"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from kept import kept
 from pages import between
-from paretoq_bits import Place, told
+from paretoq_bits import Place
+from told import told
 
 from qatlas.model.coverage import describe
 from qatlas.model.quantized import quantized

@@ -29,8 +29,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from kept import kept
 from pages import between
-from quest import Train, kept, told
+from quest import Train
+from told import told
 from torch import nn
 
 from qatlas.model.quantized import quantized
@@ -124,8 +126,8 @@ def main() -> None:
             found[name].append(kept(given.out / f"{name.replace(',', '').replace(' ', '-')}-s{seed}.json", settings, make))
     lines = ["| | accuracy, % | error, steps | flips, per thousand |", "|---|---|---|---|"]
     for name, runs in found.items():
-        more = [told([run[key] for run in runs]) if key in runs[0] else "" for key in ("error", "flips")]
-        lines.append(f"| {name} | {told([100 * run['accuracy'] for run in runs], 2)} | {more[0]} | {more[1]} |")
+        more = [told([run[key] for run in runs], 3) if key in runs[0] else "" for key in ("error", "flips")]
+        lines.append(f"| {name} | {told([100 * run['accuracy'] for run in runs])} | {more[0]} | {more[1]} |")
     text = "\n".join(lines) + "\n"
     print(text)
     if given.page:

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cifar_rows import ENDS, Cifar, means
+from cifar_rows import ENDS, Cifar
 from kept import kept
 from pages import between
+from told import means
 
 from qatlas.model.rules import Rule, keep_full
 from qatlas.papers.quantization_constraints import high, of_weight, quantization_constraints

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ import torch
 from kept import kept
 from lsq_stories260k import perplexity, setting
 from pages import between
+from told import told
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -131,19 +131,13 @@ def one(name: str, train: Train, seed: int, place: Place, out: Path) -> dict[str
     return kept(out / f"{place.name}-{name.replace(',', '').replace(' ', '-')}-s{seed}.json", place.settings | {"seed": seed}, make)
 
 
-def told(values: list[float], digits: int = 3) -> str:
-    """Mean and spread."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):,.{digits}f}{spread}"
-
-
 def section(results: dict[str, list[float]], what: str) -> str:
     """The table: a row a way, a column a number of bits."""
     ways = list(dict.fromkeys(name.partition(" bits, ")[2] for name in results if name != FULL))
-    lines = [f"Full precision, trained as long: {told(results[FULL])} ({what}).\n", f"| {what} | {' | '.join(f'W{b}A{b}' for b in BITS)} |",
+    lines = [f"Full precision, trained as long: {told(results[FULL], 3)} ({what}).\n", f"| {what} | {' | '.join(f'W{b}A{b}' for b in BITS)} |",
              "|---" * (len(BITS) + 1) + "|"]
     for way in ways:
-        cells = [told(results[f"{bits} bits, {way}"]) if f"{bits} bits, {way}" in results else "" for bits in BITS]
+        cells = [told(results[f"{bits} bits, {way}"], 3) if f"{bits} bits, {way}" in results else "" for bits in BITS]
         lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

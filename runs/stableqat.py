@@ -21,8 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kept import kept
 from pages import between
-from quest import Place, Train, kept, told
+from quest import Place, Train
+from told import told
 from torch import Tensor, nn
 
 from qatlas.core.estimator import Clip
@@ -94,7 +96,7 @@ def main() -> None:
     lines = [f"| | {' | '.join(f'lr {lr:g}' for lr in given.lr)} | mean over rates | largest / smallest |", "|---" * (len(given.lr) + 3) + "|"]
     for name in rows():
         means = [statistics.mean(found[name, lr]) for lr in given.lr]
-        cells = [*(told(found[name, lr], 2) for lr in given.lr), f"{statistics.mean(means):.2f}", f"{max(means) / min(means):.2f}"]
+        cells = [*(told(found[name, lr]) for lr in given.lr), f"{statistics.mean(means):.2f}", f"{max(means) / min(means):.2f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"
     print(text)

@@ -25,9 +25,10 @@ from qatlas.export import bitnet as form
 from qatlas.export.bitnet.fitting import INPUT, step
 from qatlas.export.bitnet.layout import codes, load, stripes
 from qatlas.model.pack import checkpoint, load_packed, pack, save
+from qatlas.model.proof import TIES
 from qatlas.model.roles import Role
 from qatlas.model.rules import Rule, keep_full, quantize
-from qatlas.model.verify import TIES, verify
+from qatlas.model.verify import verify
 from qatlas.papers.bitnet import of_input, of_weight
 
 A8 = scheme("w4a8").input

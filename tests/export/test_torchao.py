@@ -25,9 +25,10 @@ from qatlas.export import torchao as form
 from qatlas.export.torchao.fitting import INPUT, KINDS, kind_of
 from qatlas.export.torchao.layout import load, store
 from qatlas.model.pack import checkpoint, load_packed, pack, save
+from qatlas.model.proof import TIES
 from qatlas.model.roles import Role
 from qatlas.model.rules import Rule, keep_full, quantize
-from qatlas.model.verify import TIES, verify
+from qatlas.model.verify import verify
 
 A8 = scheme("w4a8").input
 U4 = Quant(Uniform(4, False), Group(32), MinMax())

@@ -7,9 +7,10 @@ from golden_cases import Answer, Case
 from qatlas.core.compensate import Hessian, factor
 from qatlas.core.grain import PerChannel
 from qatlas.core.grid import Uniform
+from qatlas.core.partial import Partial
 from qatlas.core.quantizer import Quant
 from qatlas.core.scale import AbsMax
-from qatlas.papers.pb_llm import Partial, rounded
+from qatlas.papers.pb_llm import rounded
 
 LACKS = {"q"}
 

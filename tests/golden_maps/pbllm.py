@@ -6,9 +6,10 @@ from golden_cases import Answer, Case
 
 from qatlas.core.grain import PerChannel, PerTensor
 from qatlas.core.grid import Uniform
+from qatlas.core.partial import Partial, tails
 from qatlas.core.quantizer import Quant
 from qatlas.core.scale import AbsMax, MinMax, MseSearch
-from qatlas.papers.pb_llm import Partial, rounded, tails
+from qatlas.papers.pb_llm import rounded
 
 
 def pbllm(c: Case) -> Answer:

@@ -16,6 +16,7 @@ from qatlas.core.error import CheckpointError, FormatError
 from qatlas.core.grain import Group
 from qatlas.core.quantizer import Quant
 from qatlas.export import target
+from qatlas.model import proof as proving
 from qatlas.model import verify as module
 from qatlas.model.pack import checkpoint, pack, save
 from qatlas.model.roles import Role
@@ -69,10 +70,10 @@ def test_input_quantizers_are_on_again_afterwards(written):
 
     model = load_packed(written)
     ids = module._questions(model, ())
-    on = module._answers(model, ids)
-    with module._inputs_off(model):
-        off = module._answers(model, ids)
-    assert not torch.equal(on, off) and torch.equal(on, module._answers(model, ids))
+    on = proving.answered(model, ids)
+    with proving._inputs_off(model):
+        off = proving.answered(model, ids)
+    assert not torch.equal(on, off) and torch.equal(on, proving.answered(model, ids))
 
 
 def test_prompts_of_ones_own(written, monkeypatch):
@@ -112,12 +113,12 @@ def test_an_engine_that_disagrees_and_one_that_refuses(written, monkeypatch):
     model = load_packed(written)
     ids = module._questions(model, ())
     told = [{int(token): 0.0 for token in range(3)} for _ in ids]
-    assert module._engine(model, "gguf:q4_0", written, lambda path, prompts: told, ids).passed is False
+    assert proving._engine(model, "gguf:q4_0", written, lambda path, prompts: told, ids).passed is False
 
     def refuse(path, prompts):
         raise FormatError("llama.cpp did not take it")
 
-    proof = module._engine(model, "gguf:q4_0", written, refuse, ids)
+    proof = proving._engine(model, "gguf:q4_0", written, refuse, ids)
     assert proof.passed is False and "did not take it" in proof.result
 
 
@@ -154,7 +155,7 @@ def test_quantizers_of_outputs_and_of_layers_in_full_precision_are_off_too(tiny)
 
     a8, w4 = scheme("w4a8").input, scheme("w4").weight
     model = pack(quantize(tiny.models["llama"](tie=False), [Rule("*q_proj", weight=w4, output=a8), Rule("lm_head", input=a8)]))
-    with module._inputs_off(model):
+    with proving._inputs_off(model):
         assert not model.lm_head.input_quantizer.on and not model.model.layers[0].self_attn.q_proj.output_quantizer.on
     assert model.lm_head.input_quantizer.on
 

@@ -14,18 +14,16 @@ from qatlas import export
 from qatlas.core.compensate import Hessian, compensate, factor
 from qatlas.core.error import FormatError, QatlasError, QuantError
 from qatlas.core.grain import Group, PerTensor
-from qatlas.core.qtensor import Masked
+from qatlas.core.partial import Partial
 from qatlas.core.scale import MinMax
-from qatlas.layers.linear import QLinear
 from qatlas.layers.packed import MaskedStore, Packed
-from qatlas.layers.quantized import Slots
 from qatlas.model.coverage import describe
 from qatlas.model.exportable import holders
 from qatlas.model.further import unpack
 from qatlas.model.pack import checkpoint, load_packed, pack, save
 from qatlas.model.quantized import quantized
 from qatlas.model.rules import Rule
-from qatlas.papers.pb_llm import Partial, largest, pb_llm, rounded, tails
+from qatlas.papers.pb_llm import pb_llm, rounded
 from qatlas.train import data, fit
 from qatlas.train.run import Run
 from qatlas.train.task import LanguageModelling
@@ -53,98 +51,6 @@ def llama():
 
 def run(task=None, model=None, **arguments):
     return pb_llm(model or llama(), task or lm(), **{"steps": 3, "batches": 3, "lr": 1e-3, **arguments})
-
-
-# ---- masks -----------------------------------------------------------------------------------------------------------------------------------------
-
-@few
-@given(seeds, shares)
-def test_the_largest_share_is_salient_and_ties_are_not(seed, share):
-    v = draw(seed, 10, 20).abs()
-    mask = largest(v, share)
-    count = int(mask.sum())
-    assert count == 200 if share == 1 else count in (max(200 - int(200 * (1 - share)) - 1, 0), 200 - int(200 * (1 - share)) - 1)
-    if 0 < count < 200:
-        assert v[mask].min() > v[~mask].max()
-    assert not largest(torch.ones(3, 3), 0.5).any()
-
-
-@few
-@given(seeds, shares)
-def test_tails_are_both_ends(seed, share):
-    w = draw(seed, 10, 20)
-    mask = tails(w, share)
-    assert abs(int(mask.sum()) - 200 * share) <= 3
-    if 0.1 <= share < 1:
-        kept = w[~mask]
-        assert (w[mask] > kept.max()).sum() + (w[mask] < kept.min()).sum() == mask.sum()
-
-
-# ---- the quantizer ---------------------------------------------------------------------------------------------------------------------------------
-
-@few
-@given(seeds, shares, st.sampled_from(["magnitude", "tails"]))
-def test_forward_hard_and_stored_are_one(seed, share, metric):
-    x = draw(seed, 8, 24)
-    quant = Partial(salient=share, metric=metric)
-    quantizer = quant.build().initialise(x)
-    q = quantizer.quantize(x)
-    assert isinstance(q, Masked)
-    for other in (quantizer.hard(x), quantizer(x), quantizer.known(x).value, quant.hard(x), quant.quantize(x).dequantize()):
-        assert torch.equal(q.dequantize(), other)
-
-
-@few
-@given(seeds)
-def test_salient_weights_hear_nothing_and_the_rest_a_times_g(seed):
-    x, g = draw(seed, 6, 20, dtype=torch.float64), draw(seed + 1, 6, 20, dtype=torch.float64)
-    quantizer = Partial(salient=0.2).build().initialise(x)
-    latent = x.clone().requires_grad_()
-    quantizer(latent).backward(g)
-    rest = ~quantizer.mask
-    a = (x.abs() * rest).sum(1, keepdim=True) / rest.sum(1, keepdim=True)
-    torch.testing.assert_close(latent.grad, torch.where(rest, a * g, 0.0))
-    assert (latent.grad[quantizer.mask] == 0).all()
-
-
-@few
-@given(seeds)
-def test_the_step_is_the_least_squares_one(seed):
-    x = draw(seed, 6, 20, dtype=torch.float64)
-    quantizer = Partial(salient=0.3).build().initialise(x)
-    rest, a = ~quantizer.mask, quantizer.step(x).requires_grad_()
-    ((x - a * x.sign()).square() * rest).sum().backward()
-    assert a.grad.abs().max() < 1e-9
-    whole = Partial(salient=0.3, grain=PerTensor()).build().keep(x, quantizer.mask)
-    torch.testing.assert_close(whole.step(x), x[rest].abs().mean().reshape(1, 1))
-
-
-def test_salient_weights_keep_their_8_bits_whatever_becomes_of_the_master():
-    layer = QLinear.of(nn.Linear(32, 8), Slots(Partial(salient=0.25)))
-    mask, before = layer.weight_quantizer.mask, layer.hard()
-    step = (layer.weight.amax(1, keepdim=True) - layer.weight.amin(1, keepdim=True)) / 255
-    assert ((before - layer.weight).abs() * mask <= step * 0.51).all()
-    with torch.no_grad():
-        layer.weight.mul_(-0.5).add_(1.0)                         # decay, momentum, anything
-    assert torch.equal(layer.hard()[mask], before[mask]) and not torch.equal(layer.hard()[~mask], before[~mask])
-    assert (layer.hard()[~mask] > 0).all()
-
-
-def test_no_and_all_salient_are_the_plain_methods():
-    x = draw(0, 8, 32)
-    signs, eight = Partial(salient=0.0).hard(x), Partial(salient=1.0).hard(x)
-    torch.testing.assert_close(signs, x.abs().mean(1, keepdim=True) * torch.where(x < 0, -1.0, 1.0))
-    assert torch.equal(eight, Partial().high.hard(x))
-
-
-def test_what_a_quantizer_refuses():
-    x = draw(0, 8, 32)
-    with pytest.raises(QuantError, match="NaN"):
-        Partial().build().initialise(x / 0 * 0)
-    with pytest.raises(QuantError, match="no codes"):
-        Partial(high=None).build().initialise(x).quantize(x)
-    with pytest.raises(QuantError, match="adapter in the grid"):
-        Partial().build().initialise(x)(x, shift=x)
 
 
 # ---- without training ------------------------------------------------------------------------------------------------------------------------------

@@ -19,17 +19,15 @@ from qatlas.layers.linear import QLinear
 from qatlas.layers.quantized import Slots
 from qatlas.model.quantized import quantized
 from qatlas.model.rules import Rule, keep_full, quantize
+from qatlas.model.twins import Twin, pair, part
 from qatlas.papers.quantization_constraints import (
     Bounded,
     Duals,
     Lagrangian,
-    Twin,
     apart,
     deaf,
     high,
     of_weight,
-    pair,
-    part,
     quantization_constraints,
 )
 from qatlas.train import data

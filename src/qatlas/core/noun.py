@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from .error import CheckpointError
 
 N = TypeVar("N", bound="Noun")
-MOVED = {"core.grid:Float": "core.floats:Float", "papers.bitnet:Centred": "core.centred:Centred"}      # where files of before look for what moved
+MOVED = {"core.grid:Float": "core.floats:Float", "papers.bitnet:Centred": "core.centred:Centred",
+         "papers.pb_llm:Partial": "core.partial:Partial"}         # where files of before look for what moved
 
 
 class Noun:

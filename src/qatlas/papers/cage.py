@@ -49,7 +49,7 @@ from ..core.error import RunError
 from ..core.estimator import Clip
 from ..core.grain import PerChannel, PerToken
 from ..core.quantizer import Quant
-from ..core.scale import AbsMean, Learned
+from ..core.scale import Learned
 from ..core.transform import Hadamard
 from ..model.coverage import describe
 from ..model.fresh import renew
@@ -60,7 +60,7 @@ from ..train.optim import AdamW
 from ..train.schedule import cosine
 from ..train.tactic import Loop, Tactic
 from ..train.task import Task
-from .lsq import of_input, signed
+from .lsq import mean, of_input, signed
 from .quest import gaussian
 
 CLAIM = "In pre-training W3A3 with it reaches the loss of QuEST at W4A4; in fine-tuning it halves what quantization costs."
@@ -162,5 +162,4 @@ def numbers(base: str, bits: float, input_bits: int | None) -> tuple[Quant, Quan
         return gaussian(bits, PerChannel(), clip=1.0), None if input_bits is None else gaussian(input_bits, PerToken(), clip=1.0)
     if base != "lsq":
         raise RunError(f"base={base!r}: CAGE stands on quest or lsq")
-    start = AbsMean(1.0) if bits == 1.58 else AbsMean(2.0, per_root=True)
-    return Quant(signed(bits), PerChannel(), Learned(start), Clip()), None if input_bits is None else of_input(input_bits, False)
+    return Quant(signed(bits), PerChannel(), Learned(mean(bits)), Clip()), None if input_bits is None else of_input(input_bits, False)

@@ -76,7 +76,7 @@ def lsq(model: nn.Module, task: Task, *, bits: float = 4, input_bits: int | None
         raise RunError(f"teacher_cache={teacher_cache!r} without distil learns from the labels and asks no teacher; say distil=True (--distil), "
                        "or leave teacher_cache out")
     grain: Grain = PerChannel() if group is None else Group(group)
-    weight = Quant(signed(bits), grain, Learned(AbsMean(1.0) if bits == 1.58 else AbsMean(2.0, per_root=True)), Clip())
+    weight = Quant(signed(bits), grain, Learned(mean(bits)), Clip())
     inputs = None if input_bits is None else of_input(input_bits, static)
     teacher = Teacher.of(model) if distil else None
     quantize(model, [*keep_full(Role.EMBEDDING, Role.HEAD, Role.CLASSIFIER), Rule("*", weight=weight, input=inputs)], task)
@@ -92,6 +92,11 @@ def signed(bits: float) -> Grid:
     if bits != 1.58 and bits not in WHOLE:
         raise QuantError(f"LSQ takes weights of 1.58 or of 2 to 8 whole bits, not bits={bits:g}")
     return Ternary() if bits == 1.58 else Uniform(int(bits))
+
+
+def mean(bits: float) -> AbsMean:
+    """Where a weight's step starts: mean|w| of ternary weights, 2 mean|w| / sqrt(Qp) of integers."""
+    return AbsMean(1.0) if bits == 1.58 else AbsMean(2.0, per_root=True)
 
 
 def of_input(bits: int, static: bool) -> Quant:

@@ -45,7 +45,7 @@ from ..core.estimator import Clip, Snap
 from ..core.grain import Grain, Group, PerChannel
 from ..core.grid import Grid
 from ..core.quantizer import Known, Quant, Quantizer, working
-from ..core.scale import AbsMean, Learned
+from ..core.scale import Learned
 from ..model.coverage import describe
 from ..model.roles import Role
 from ..model.rules import Rule, keep_full, quantize
@@ -54,7 +54,7 @@ from ..train.optim import AdamW
 from ..train.schedule import cosine
 from ..train.tactic import Loop, Tactic
 from ..train.task import Task
-from .lsq import of_input, signed
+from .lsq import mean, of_input, signed
 
 CLAIM = "Better than straight-through and other gradient rules, by rounding elements one after another (CIFAR-10, ImageNet)."
 Order = Literal["fixed", "fresh"]
@@ -269,7 +269,7 @@ def pege(model: nn.Module, task: Task, *, bits: float = 4, input_bits: int | Non
         QuantError: bits that LSQ does not speak of. RunError: a curriculum, an order or a scope that cannot be.
     """
     grain: Grain = PerChannel() if group is None else Group(group)
-    weight = Quant(signed(bits), grain, Learned(AbsMean(1.0) if bits == 1.58 else AbsMean(2.0, per_root=True)), Clip())
+    weight = Quant(signed(bits), grain, Learned(mean(bits)), Clip())
     inputs = None if input_bits is None else Progressive.of(of_input(input_bits, static), "fresh", scope)
     curriculum = Curriculum(ramp, pull, growth, base, start, relative)
     ours = Rule("*", weight=Progressive.of(weight, order, scope), input=inputs)

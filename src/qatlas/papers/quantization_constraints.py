@@ -41,14 +41,12 @@ Numbers of ours: docs/results.md#quantization-constraints.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.error import QuantError, RunError
 from ..core.estimator import Clip, Ste
@@ -63,6 +61,7 @@ from ..model.quantized import quantized
 from ..model.roles import Role
 from ..model.rules import UNSET, Rule, keep_full, quantize
 from ..model.taps import read
+from ..model.twins import Twin, pair, part
 from ..train import loss as losses
 from ..train.evaluate import judged
 from ..train.fit import fit
@@ -92,36 +91,6 @@ class _Bounded(Adapter):
 
     def merged(self, w: Tensor, layer: Quantized) -> Tensor:
         return self.inside(w)
-
-
-class Twin(nn.Module):
-    """Two batch norms in one place: `low` for the low-bit network, `high` for full precision. low: which one is asked."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.high, self.low, self.at = norm, copy.deepcopy(norm), "low"
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.low if self.at == "low" else self.high)(x)  # type: ignore[no-any-return]
-
-
-def pair(model: nn.Module) -> list[Twin]:
-    """Put a Twin in the place of each batch norm; a norm that was trained is the start of both."""
-    found = []
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, _BatchNorm) and not isinstance(parent, Twin):
-                found.append(Twin(child))
-                setattr(parent, name, found[-1])
-    return found
-
-
-def part(model: nn.Module) -> None:
-    """Put the low-bit norm of each Twin into its place."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Twin):
-                setattr(parent, name, child.low)
 
 
 @contextlib.contextmanager
