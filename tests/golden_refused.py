@@ -43,6 +43,10 @@ def has(name: str, part: str) -> Callable[[P, A], bool]:
     return lambda p, a: part in str(p.get(name))
 
 
+def even(part: str) -> Callable[[P, A], bool]:
+    return lambda p, a: part in p.get("cls", "") and "FP4" not in p["cls"]
+
+
 def double(p: P, a: A) -> bool:
     return any(a[name].dtype == torch.float64 for name in ("w", "x", "y") if name in a)
 
@@ -161,9 +165,9 @@ REFUSED = [
     Refused("bitnet", has("kind", "auto_offline_bias"), "the bias is multiplied with the weight's scale"),
     Refused("bitnet", has("kind", "gpu_bitlinear_bf"), "no straight-through: the input hears the scale of its token only", lambda p, a: {
         "grad_x": torch.ones_like(a["grad_x"], dtype=torch.bool)}),
-    Refused("quest", has("cls", "TrustQuantizer"), UP, level),
-    Refused("quest", has("cls", "STEQuantizer"), UP, level),
-    Refused("quest", has("cls", "ClipQuantizer"), UP, level),
+    Refused("quest", even("TrustQuantizer"), UP, level),
+    Refused("quest", even("STEQuantizer"), UP, level),
+    Refused("quest", even("ClipQuantizer"), UP, level),
     Refused("efficientqat", lambda p, a: p["kind"] == "pack" and p["bits"] == 3, WASTED),
     Refused("pbllm", has("kind", "trainout"), FROZEN),
     Refused("pbllm", has("kind", "BinaryLinear"), BESIDE),
