@@ -43,6 +43,10 @@ def has(name: str, part: str) -> Callable[[P, A], bool]:
     return lambda p, a: part in str(p.get(name))
 
 
+def even(part: str) -> Callable[[P, A], bool]:
+    return lambda p, a: part in p.get("cls", "") and "FP4" not in p["cls"]
+
+
 def double(p: P, a: A) -> bool:
     return any(a[name].dtype == torch.float64 for name in ("w", "x", "y") if name in a)
 
@@ -154,13 +158,16 @@ REFUSED = [
     Refused("quest", has("cls", "Hadamard"), BF16, within=1e-3),
     Refused("quest", lambda p, a: p.get("bits") == 1.585, "2^1.585 = 3.00008 levels; three levels are Ternary() or Stretched(3)"),
     Refused("quest", lambda p, a: p.get("centered") is False and p["cls"] != "STEQuantizer", "its negative clip lacks a division by n: far too wide"),
+    Refused("quest", lambda p, a: p.get("centered") is False and p["cls"] == "STEQuantizer",
+            "a grid of -3 to 4 steps, beside the method, whose levels are centred; our signed integers are -4 to 3"),
+    Refused("quest", has("cls", "FourEight"), "4:8 sparsity beside the method: nothing that we train or write holds a sparse weight"),
     Refused("quest", has("cls", "PACT"), "its gradient mask is inverted: only what was clipped trains, and clipping stops that"),
     Refused("bitnet", has("kind", "auto_offline_bias"), "the bias is multiplied with the weight's scale"),
     Refused("bitnet", has("kind", "gpu_bitlinear_bf"), "no straight-through: the input hears the scale of its token only", lambda p, a: {
         "grad_x": torch.ones_like(a["grad_x"], dtype=torch.bool)}),
-    Refused("quest", has("cls", "TrustQuantizer"), UP, level),
-    Refused("quest", has("cls", "STEQuantizer"), UP, level),
-    Refused("quest", has("cls", "ClipQuantizer"), UP, level),
+    Refused("quest", even("TrustQuantizer"), UP, level),
+    Refused("quest", even("STEQuantizer"), UP, level),
+    Refused("quest", even("ClipQuantizer"), UP, level),
     Refused("efficientqat", lambda p, a: p["kind"] == "pack" and p["bits"] == 3, WASTED),
     Refused("pbllm", has("kind", "trainout"), FROZEN),
     Refused("pbllm", has("kind", "BinaryLinear"), BESIDE),
