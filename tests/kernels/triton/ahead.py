@@ -6,7 +6,6 @@ decides at its import whether it compiles or interprets.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -43,6 +42,6 @@ def build(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], op
                 attrs[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
-    signature |= {name: "constexpr" for name in constants}
+    signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attrs)
     return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)

@@ -1,8 +1,8 @@
-"""Rows of activations times a packed weight, on tensor cores: a tile of codes is unpacked, becomes numbers of the activations' type and is multiplied.
+"""Rows of activations times a packed weight, on tensor cores: a tile of codes becomes numbers of the activations' type and is multiplied.
 
     y^T = w x^T    (BN, BM), summed in fp32
 
-The weight stands on the left: there, on Hopper, an operand may come from registers, and unpacked numbers need not go through shared memory again. With
+The weight stands on the left: there, on Hopper, an operand may come from registers, and what is unpacked need not go through shared memory again. With
 one step a row, S is applied to the sum, and c - Z is exact in fp16 and in bf16. With several, w = S (c - Z) is rounded to the activations' type, as
 the weight of a half-precision model is. Activations in fp32 are multiplied in fp32.
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .lang import INTERPRETED, jit, launch, tl
-from .matrix import Matrix
+from .matrix import Packed
 from .plan import Plan
 from .tile import codes as unpacked
 from .tile import number
@@ -75,7 +75,7 @@ def gemm(x, codes, scale, zero, table, bias, out, batch, rows, width, stride, gr
     tl.store(out + at, total.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (token < batch)[None, :])
 
 
-def run(x: Tensor, matrix: Matrix, bias: Tensor | None, plan: Plan) -> Tensor:
+def run(x: Tensor, matrix: Packed, bias: Tensor | None, plan: Plan) -> Tensor:
     """x (batch, width) contiguous -> (batch, rows) in the type of x."""
     batch, bk = len(x), min(plan.bk, widest(matrix))
     splits = plan.splits
@@ -92,7 +92,7 @@ def run(x: Tensor, matrix: Matrix, bias: Tensor | None, plan: Plan) -> Tensor:
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def widest(matrix: Matrix) -> int:
+def widest(matrix: Packed) -> int:
     """The most inputs that a tile may hold."""
     if not matrix.grouped or matrix.group & (matrix.group - 1) == 0:
         return 128

@@ -1,7 +1,7 @@
 """One row of activations times a packed weight: y = sum over groups of S sum (c - Z) x.
 
-Bytes are all that this costs, if the arithmetic hides behind them: a program takes BN rows and walks along the inputs, GB groups of SU words at a time
-(a group longer than 16 words goes in parts). Words are read as they lie, consecutive threads consecutive words. Every code costs two integer
+Bytes are all that this costs, if the arithmetic hides behind them: a program takes BN rows and goes along the inputs, GB groups of SU words at a
+time (a group longer than 16 words goes in parts). Words are read as they lie, consecutive threads consecutive words. Every code costs two integer
 operations, a subtraction and a fused multiply-add; S is multiplied once for a part of a group. Sums are fp32.
 
 Where rows are few for the chip (SPLITS > 1), several programs share a row's inputs and each writes its own sum; they are added up in a fixed order,
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .lang import jit, launch, power, tl
-from .matrix import UNIT, WORD, Matrix
+from .matrix import UNIT, WORD, Packed
 from .plan import Plan
 from .tile import fetch, looked_up, plane, word
 
@@ -63,7 +63,7 @@ def gemv(x, codes, scale, zero, table, bias, out, rows, width, words, groups, pe
     tl.store(out + tl.program_id(1) * rows + row, y.to(out.dtype.element_ty), mask=row < rows)
 
 
-def run(x: Tensor, matrix: Matrix, bias: Tensor | None, plan: Plan) -> Tensor:
+def run(x: Tensor, matrix: Packed, bias: Tensor | None, plan: Plan) -> Tensor:
     """x (width,) contiguous -> (rows,) in the type of x."""
     unit, bits = UNIT[matrix.bits], matrix.bits
     codes = matrix.codes.view(WORD[bits]) if bits in WORD else matrix.codes
@@ -83,7 +83,7 @@ def run(x: Tensor, matrix: Matrix, bias: Tensor | None, plan: Plan) -> Tensor:
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def parts(matrix: Matrix) -> tuple[int, int]:
+def parts(matrix: Packed) -> tuple[int, int]:
     """Words of a part of a group, and parts in a group."""
     unit = UNIT[matrix.bits]
     if not matrix.grouped:

@@ -18,7 +18,7 @@ tl: Any = None
 ABSENT = ""
 try:
     import triton
-    import triton.language as tl
+    import triton.language as tl  # noqa: F401, kernels take it from here
 except ImportError as _error:                                     # no wheel for this system, or a broken one
     triton = None
     ABSENT = f"Triton is not here ({_error}); pip install triton (torch for CUDA brings it)"

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from .matrix import Matrix
+from .matrix import Packed
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,18 @@ Key = tuple[str, int, int, int, int, int]
 FOUND: dict[Key, Plan] = {}
 
 
-def key(kind: str, matrix: Matrix, batch: int) -> Key:
+def key(kind: str, matrix: Packed, batch: int) -> Key:
     """What a plan depends on."""
     return kind, matrix.rows, matrix.width, matrix.bits, matrix.group, batch
 
 
-def plan(kind: str, matrix: Matrix, batch: int, wide: int = 128) -> Plan:
+def plan(kind: str, matrix: Packed, batch: int, wide: int = 128) -> Plan:
     """The plan of a product: the measured one, or a guess. kind: "gemv", "gemm" or "int8"; wide: the most inputs at a time that the kernel allows."""
     found = FOUND.get(key(kind, matrix, batch))
     return found or guess(kind, matrix, batch, processors(matrix.codes.device), wide)
 
 
-def guess(kind: str, matrix: Matrix, batch: int, many: int, wide: int = 128) -> Plan:
+def guess(kind: str, matrix: Packed, batch: int, many: int, wide: int = 128) -> Plan:
     """Tiles as large as still give every processor two programs."""
     if kind == "gemv":
         bn, splits = 16, 1
@@ -63,7 +63,7 @@ def guess(kind: str, matrix: Matrix, batch: int, many: int, wide: int = 128) -> 
     return Plan(bn=bn, bm=bm, bk=min(wide, 128 if bm <= 32 else 64), splits=splits, warps=8 if bn * bm >= 128 * 128 else 4)
 
 
-def candidates(kind: str, matrix: Matrix, batch: int, wide: int = 128) -> list[Plan]:
+def candidates(kind: str, matrix: Packed, batch: int, wide: int = 128) -> list[Plan]:
     """Plans worth a measurement, the guess first."""
     first = guess(kind, matrix, batch, processors(matrix.codes.device), wide)
     if kind == "gemv":
@@ -76,7 +76,7 @@ def candidates(kind: str, matrix: Matrix, batch: int, wide: int = 128) -> list[P
     return [first, *(p for p in dict.fromkeys(some) if p != first)]
 
 
-def tune(kind: str, matrix: Matrix, batch: int, seconds: Callable[[Plan], float], wide: int = 128, most: int = 1000) -> Plan:
+def tune(kind: str, matrix: Packed, batch: int, seconds: Callable[[Plan], float], wide: int = 128, most: int = 1000) -> Plan:
     """Measure at most so many plans by `seconds` and keep the fastest. A plan that the device cannot hold is passed over."""
     best, least = None, float("inf")
     for candidate in candidates(kind, matrix, batch, wide)[:most]:

@@ -4,13 +4,13 @@
     s = max(times sqrt(mean z^2), floor)      of a whole row, a token or an output channel
     v = snap(z / s),  y = s v                 M = |z / s - v| <= T, or |z / s| <= t
 
-Eager, this reads and writes the row five times; here it is read once and written once. H is made in registers from the parity of i & j and stands on the
+Eager, this reads and writes the row five times; here it is read once and written once. H is made in registers from the parity of i & j, for the
 tensor cores: its entries are exact in 16 bits, half-precision activations are multiplied as they are, and fp32 ones as a sum of three bf16 numbers,
 which holds all their 24 bits. Sums are fp32 in another order than core/hadamard.py's, so z differs from it in the last bits, and a place that lies
 on a tie to that precision may fall to the other side: values are not promised bit for bit, as no two orders of a sum are.
 
-`quantize` gives y and M, `integers` gives whole numbers and steps for linear_int8, `turn` is the rotation alone (backward: (g M) H / sqrt(B), the same
-H, for it is symmetric), and `Rotated` is the whole with its gradient: saved is M, a byte an element, and nothing else.
+`quantize` gives y and M, `integers` gives whole numbers and steps for linear_int8, `turn` is the rotation alone (backward: (g M) H / sqrt(B), for
+H is symmetric), and `Rotated` is the whole with its gradient: saved is M, a byte an element, and nothing else.
 """
 
 from __future__ import annotations
