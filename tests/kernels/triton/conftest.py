@@ -1,5 +1,5 @@
-"""Triton's interpreter for the tests of this folder. It is chosen when Triton is imported, so before anything else here imports it; tests of a machine
-with a GPU run compiled. Without Triton, or where something else imported it compiled before, the tests are skipped and say so."""
+"""Triton's interpreter for the tests of this folder. It is chosen when Triton is imported, so before anything else here imports it. On a machine
+with a GPU the tests run compiled. Without Triton, or where something else imported it compiled before, the tests are skipped and say so."""
 
 from __future__ import annotations
 

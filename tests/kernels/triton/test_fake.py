@@ -52,7 +52,8 @@ def test_nan_infinity_nothing_and_strides(device):
     for view in (x.to(device), torch.empty(0, 8, device=device), torch.randn(32, 4, device=device).T, torch.randn(4, 32, dtype=torch.float64)):
         place, g = Place(torch.full_like(view[:, :1], 0.3)), torch.ones_like(view)
         assert torch.equal(formula.values(view, place, None).nan_to_num(9.0), forward(view, place, None, quant)[0].nan_to_num(9.0))
-        assert torch.equal(formula.pull(g, view, place, None, 1.0)[0], pull(g, view, place, None, quant, 1.0)[0])
+        number = ~view.isnan()                                    # of a NaN eager lines say one thing on CPU and another on a GPU
+        assert torch.equal(formula.pull(g, view, place, None, 1.0)[0][number], pull(g, view, place, None, quant, 1.0)[0][number])
     shift = torch.full((4, 32), 0.6, device=device)
     x, place = torch.randn(4, 32).to(device), Place(torch.full((4, 1), 0.3, device=device))
     assert torch.equal(formula.values(x, place, shift), forward(x, place, shift, quant)[0])
@@ -64,8 +65,8 @@ def test_a_step_of_training_is_the_eager_one(device):
     for formula in (None, Fused(quant)):
         x = torch.randn(6, 2, 16, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
         s = torch.full((6, 2, 1), 0.2, device=device, requires_grad=True)
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
             y = Snap.apply(x, s, None, None, None, None, quant, 0.1, formula)
         y.backward(torch.linspace(-1, 1, 192, device=device).reshape(6, 2, 16))
         found.append((y.detach(), x.grad, s.grad))

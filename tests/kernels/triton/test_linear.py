@@ -45,8 +45,8 @@ def agrees(y, x, q, bias=None):
 
 
 def moved(q, device):
-    return Matrix.from_parts(*(None if t is None else t.to(device) for t in (pack_bits(q.codes, q.bits), q.steps, q.zero, q.offsets)), q.grid, q.grain,
-                             tuple(q.shape))
+    parts = (None if t is None else t.to(device) for t in (pack_bits(q.codes, q.bits), q.steps, q.zero, q.offsets))
+    return Matrix.from_parts(*parts, q.grid, q.grain, tuple(q.shape))
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -102,8 +102,9 @@ def test_nothing_and_strides(device):
     w = moved(q, device)
     assert linear.linear(torch.zeros(0, 64, device=device), w).shape == (0, 21)
     assert linear.linear(torch.zeros(2, 0, 3, 64, device=device), w, bias).shape == (2, 0, 3, 21)
-    empty = weight(Uniform(4), rows=0)
-    assert linear.linear(torch.zeros(2, 64, device=device), moved(empty, device)).shape == (2, 0)
+    none = torch.zeros(0, 32, dtype=torch.uint8, device=device)
+    empty = Matrix.from_parts(none, torch.ones(1), None, None, Uniform(4), PerTensor(), (0, 64))
+    assert linear.linear(torch.zeros(2, 64, device=device), empty).shape == (2, 0)
     x = inputs(64, 6).to(device).T                                # not contiguous
     agrees(linear.linear(x, w), x, q)
     assert torch.equal(linear.linear(x, w), linear.linear(x.contiguous(), w))
@@ -253,7 +254,8 @@ def test_what_does_not_fit_is_said(device):
 @pytest.mark.parametrize(("grid", "grain", "shape", "said"), [
     (Uniform(4), PerChannel(), (2, 3, 4), "3 axes"), (Uniform(12), PerChannel(), (4, 32), "1 to 8 bits"),
     (Uniform(4, None), PerChannel(), (4, 32), "signed"), (Uniform(4), Block(2, 2), (4, 32), "PerTensor"),
-    (Uniform(4), PerChannel(1), (4, 32), "PerTensor"), (Uniform(4), Group(8), (4, 32), "groups of 8"), (Uniform(4), Group(5), (4, 32), "does not divide")])
+    (Uniform(4), PerChannel(1), (4, 32), "PerTensor"), (Uniform(4), Group(8), (4, 32), "groups of 8"),
+    (Uniform(4), Group(5), (4, 32), "does not divide")])
 def test_why_not(grid, grain, shape, said):
     assert said in why_not(grid, grain, shape)
     assert not why_not(Uniform(4), Group(32), (4, 64), integers=True)

@@ -2,9 +2,9 @@
 
     y^T = w x^T    (BN, BM), summed in fp32
 
-The weight stands on the left: there, on Hopper, an operand may come from registers, and what is unpacked need not go through shared memory again. With
-one step a row, S is applied to the sum, and c - Z is exact in fp16 and in bf16. With several, w = S (c - Z) is rounded to the activations' type, as
-the weight of a half-precision model is. Activations in fp32 are multiplied in fp32.
+The weight stands on the left: there, on Hopper, an operand may come from registers, and what is unpacked need not go through shared memory again.
+With one step a row, S is applied to the sum, and c - Z is exact in fp16 and in bf16. With several, w = S (c - Z) is rounded to the activations'
+type, as the weight of a half-precision model is. Activations in fp32 are multiplied in fp32.
 
 Steps of groups are read once a tile: a tile lies in one group, or holds whole groups of a power of two.
 """

@@ -14,13 +14,12 @@ import torch
 
 from ...core.error import RunError
 
-tl: Any = None
 ABSENT = ""
 try:
     import triton
-    import triton.language as tl  # noqa: F401, kernels take it from here
+    import triton.language as tl
 except ImportError as _error:                                     # no wheel for this system, or a broken one
-    triton = None
+    triton = tl = None
     ABSENT = f"Triton is not here ({_error}); pip install triton (torch for CUDA brings it)"
 
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)

@@ -103,8 +103,8 @@ class Matrix:
             shifts = narrow(torch.where(step == 0, 0.0, -m / step) - low)
         codes, group = aligned(codes, bits), grain.size if isinstance(grain, Group) else max(width, 1)
         floats = Packed(codes, narrow(step), shifts, None, table, -low, rows, width, bits, group)
-        stored = (None if t is None else narrow(t) for t in (s, z, m))
-        return cls(floats, Packed(codes, *stored, None, 0.0, rows, width, bits, group, whole(grid)), grid, grain, (rows, width))  # type: ignore[arg-type]
+        z, m = None if z is None else narrow(z), None if m is None else narrow(m)
+        return cls(floats, Packed(codes, narrow(s), z, m, None, 0.0, rows, width, bits, group, whole(grid)), grid, grain, (rows, width))
 
     @property
     def codes(self) -> Tensor:
