@@ -22,7 +22,7 @@ from .tile import number
 
 
 @jit
-def weights(c, scale, zero, table, safe, first, groups, group, shift, BITS: tl.constexpr, SPAN: tl.constexpr, ZERO: tl.constexpr, TABLE: tl.constexpr,
+def weights(c, scale, zero, table, near, first, groups, group, shift, BITS: tl.constexpr, SPAN: tl.constexpr, ZERO: tl.constexpr, TABLE: tl.constexpr,
             BN: tl.constexpr, BK: tl.constexpr):
     """(BN, BK) of fp32: c - Z where a row has one step, else S (c - Z). SPAN: groups in a tile, 0: one step a row."""
     if TABLE:
@@ -31,10 +31,10 @@ def weights(c, scale, zero, table, safe, first, groups, group, shift, BITS: tl.c
         value = number(c, BITS)                                   # 1 + c / 2^bits
     MANY: tl.constexpr = SPAN if SPAN > 0 else 1
     value = tl.reshape(value, (BN, MANY, BK // MANY))
-    of = safe[:, None] * groups
+    of = near[:, None] * groups
     if SPAN > 0:
         of += (first // group + tl.arange(0, MANY))[None, :]
-    there = of < (safe[:, None] + 1) * groups
+    there = of < (near[:, None] + 1) * groups
     if not TABLE:
         if ZERO:
             z = tl.load(zero + of, mask=there, other=0.0).to(tl.float32)
@@ -52,25 +52,31 @@ def gemm(x, codes, scale, zero, table, bias, out, batch, rows, width, stride, gr
          ZERO: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
          BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
     """x (batch, width) contiguous; stride: bytes of a row of codes; out (SPLITS, batch, rows)."""
-    row = tl.program_id(0) * BN + tl.arange(0, BN)
-    safe = tl.minimum(row, rows - 1).to(tl.int64)
+    start = tl.program_id(0) * BN                                 # far offsets once a program, near ones in 32 bits
+    row = start + tl.arange(0, BN)
+    near = tl.minimum(tl.arange(0, BN), rows - 1 - start)
     token = tl.program_id(1) * BM + tl.arange(0, BM)
-    from_x = tl.minimum(token, batch - 1).to(tl.int64)[None, :] * width
+    x += (tl.program_id(1) * BM).to(tl.int64) * width
+    from_x = tl.minimum(tl.arange(0, BM), batch - 1 - tl.program_id(1) * BM)[None, :] * width
+    codes += start.to(tl.int64) * stride
+    scale += start.to(tl.int64) * groups
+    if ZERO:
+        zero += start.to(tl.int64) * groups
     total = tl.zeros((BN, BM), tl.float32)
     for first in range(tl.program_id(2) * BK, width, BK * SPLITS):
         k = first + tl.arange(0, BK)
         xt = tl.load(x + from_x + k[:, None], mask=(k < width)[:, None], other=0.0)              # (BK, BM)
-        c = unpacked(codes, safe, first, stride, width, BITS, BN, BK)
-        w = weights(c, scale, zero, table, safe, first, groups, group, shift, BITS, SPAN, ZERO, TABLE, BN, BK)
+        c = unpacked(codes, near, first, stride, width, BITS, BN, BK)
+        w = weights(c, scale, zero, table, near, first, groups, group, shift, BITS, SPAN, ZERO, TABLE, BN, BK)
         w = w.to(xt.dtype)
         if WIDE:                                                  # the interpreter multiplies no bf16; the numbers are the same
             total = tl.dot(w.to(tl.float32), xt.to(tl.float32), total, input_precision="ieee")
         else:
             total = tl.dot(w, xt, total, input_precision=PRECISION)
     if SPAN == 0:
-        total *= tl.load(scale + safe).to(tl.float32)[:, None]
+        total *= tl.load(scale + near).to(tl.float32)[:, None]
     if BIAS:
-        total += tl.load(bias + safe).to(tl.float32)[:, None]
+        total += tl.load(bias + start + near).to(tl.float32)[:, None]
     at = (tl.program_id(2) * batch + token).to(tl.int64)[None, :] * rows + row[:, None]
     tl.store(out + at, total.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (token < batch)[None, :])
 

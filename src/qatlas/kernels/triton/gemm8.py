@@ -25,18 +25,27 @@ def gemm8(x, codes, scale, zero, offset, steps, points, sums, bias, out, batch, 
           BITS: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, REST: tl.constexpr, POINTS: tl.constexpr, BIAS: tl.constexpr,
           BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
     """x (batch, width) int8; points (batch,): t; sums (rows,): U; rest: a off + w; out (batch, rows) fp32."""
-    row = tl.program_id(0) * BN + tl.arange(0, BN)
-    safe = tl.minimum(row, rows - 1).to(tl.int64)
+    start = tl.program_id(0) * BN                                 # far offsets once a program, near ones in 32 bits
+    row = start + tl.arange(0, BN)
+    near = tl.minimum(tl.arange(0, BN), rows - 1 - start)
     token = tl.program_id(1) * BM + tl.arange(0, BM)
-    known = tl.minimum(token, batch - 1).to(tl.int64)
+    known = tl.minimum(token, batch - 1)
+    x += (tl.program_id(1) * BM).to(tl.int64) * width
+    from_x = (known - tl.program_id(1) * BM)[None, :] * width
+    codes += start.to(tl.int64) * stride
+    scale += start.to(tl.int64) * groups
+    if ZERO:
+        zero += start.to(tl.int64) * groups
+    if OFFSET:
+        offset += start.to(tl.int64) * groups
     total = tl.zeros((BN, BM), tl.float32)
     for g in range(groups):
         d = tl.zeros((BN, BM), tl.int32)
         q = tl.zeros((BM,), tl.int32)
         for first in range(g * group, g * group + group, BK):
             k = first + tl.arange(0, BK)
-            xt = tl.load(x + known[None, :] * width + k[:, None], mask=(k < width)[:, None], other=0)        # (BK, BM)
-            c = unpacked(codes, safe, first, stride, width, BITS, BN, BK) - off
+            xt = tl.load(x + from_x + k[:, None], mask=(k < width)[:, None], other=0)        # (BK, BM)
+            c = unpacked(codes, near, first, stride, width, BITS, BN, BK) - off
             if REST or ZERO or OFFSET:
                 q += tl.sum(xt.to(tl.int32), 0)
             d = tl.dot(c.to(tl.int8), xt, d, out_dtype=tl.int32)
@@ -45,16 +54,16 @@ def gemm8(x, codes, scale, zero, offset, steps, points, sums, bias, out, batch, 
             d += rest * q[None, :]
         real = d.to(tl.float32) * part
         if ZERO:
-            real -= tl.load(zero + safe * groups + g).to(tl.float32)[:, None] * q.to(tl.float32)[None, :]
-        real *= tl.load(scale + safe * groups + g).to(tl.float32)[:, None]
+            real -= tl.load(zero + near * groups + g).to(tl.float32)[:, None] * q.to(tl.float32)[None, :]
+        real *= tl.load(scale + near * groups + g).to(tl.float32)[:, None]
         if OFFSET:
-            real += tl.load(offset + safe * groups + g).to(tl.float32)[:, None] * q.to(tl.float32)[None, :]
+            real += tl.load(offset + near * groups + g).to(tl.float32)[:, None] * q.to(tl.float32)[None, :]
         total += real
     if POINTS:
-        total -= tl.load(points + known)[None, :] * tl.load(sums + safe)[:, None]
+        total -= tl.load(points + known)[None, :] * tl.load(sums + start + near)[:, None]
     total *= tl.load(steps + known)[None, :]
     if BIAS:
-        total += tl.load(bias + safe).to(tl.float32)[:, None]
+        total += tl.load(bias + start + near).to(tl.float32)[:, None]
     tl.store(out + token.to(tl.int64)[None, :] * rows + row[:, None], total, mask=(row < rows)[:, None] & (token < batch)[None, :])
 
 
@@ -82,26 +91,31 @@ def widest(matrix: Packed) -> int:
 def gemm_fp8(x, codes, scale, steps, bias, out, batch, rows, width, stride, groups, group, BIAS: tl.constexpr, WIDE: tl.constexpr,
              BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
     """x (batch, width) and codes (rows, stride) e4m3; sums of a group in fp32."""
-    row = tl.program_id(0) * BN + tl.arange(0, BN)
-    safe = tl.minimum(row, rows - 1).to(tl.int64)
+    start = tl.program_id(0) * BN                                 # far offsets once a program, near ones in 32 bits
+    row = start + tl.arange(0, BN)
+    near = tl.minimum(tl.arange(0, BN), rows - 1 - start)
     token = tl.program_id(1) * BM + tl.arange(0, BM)
-    known = tl.minimum(token, batch - 1).to(tl.int64)
+    known = tl.minimum(token, batch - 1)
+    x += (tl.program_id(1) * BM).to(tl.int64) * width
+    from_x = (known - tl.program_id(1) * BM)[None, :] * width
+    codes += start.to(tl.int64) * stride
+    scale += start.to(tl.int64) * groups
     total = tl.zeros((BN, BM), tl.float32)
     for g in range(groups):
         part = tl.zeros((BN, BM), tl.float32)
         for first in range(g * group, g * group + group, BK):
             k = first + tl.arange(0, BK)
             inside = k < width
-            xt = tl.load(x + known[None, :] * width + k[:, None], mask=inside[:, None], other=0.0)
-            w = tl.load(codes + safe[:, None] * stride + k[None, :], mask=inside[None, :], other=0.0)
+            xt = tl.load(x + from_x + k[:, None], mask=inside[:, None], other=0.0)
+            w = tl.load(codes + near[:, None] * stride + k[None, :], mask=inside[None, :], other=0.0)
             if WIDE:
                 part = tl.dot(w.to(tl.float32), xt.to(tl.float32), part, input_precision="ieee")
             else:
                 part = tl.dot(w, xt, part)
-        total += part * tl.load(scale + safe * groups + g).to(tl.float32)[:, None]
+        total += part * tl.load(scale + near * groups + g).to(tl.float32)[:, None]
     total *= tl.load(steps + known)[None, :]
     if BIAS:
-        total += tl.load(bias + safe).to(tl.float32)[:, None]
+        total += tl.load(bias + start + near).to(tl.float32)[:, None]
     tl.store(out + token.to(tl.int64)[None, :] * rows + row[:, None], total, mask=(row < rows)[:, None] & (token < batch)[None, :])
 
 

@@ -24,9 +24,14 @@ def gemv(x, codes, scale, zero, table, bias, out, rows, width, words, groups, pe
          GROUPED: tl.constexpr, ZERO: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr,
          BN: tl.constexpr, GB: tl.constexpr, SU: tl.constexpr):
     """words: in a row. groups: columns of scale. per: parts in a group."""
-    row = tl.program_id(0) * BN + tl.arange(0, BN)
-    safe = tl.minimum(row, rows - 1).to(tl.int64)
-    begin = safe[:, None, None] * words
+    start = tl.program_id(0) * BN                                 # far offsets once a program, near ones in 32 bits
+    row = start + tl.arange(0, BN)
+    near = tl.minimum(tl.arange(0, BN), rows - 1 - start)
+    codes += start.to(tl.int64) * words * (BITS if BITS == 3 or (BITS >= 5 and BITS <= 7) else 1)
+    scale += start.to(tl.int64) * groups
+    if ZERO:
+        zero += start.to(tl.int64) * groups
+    begin = near[:, None, None] * words
     total = tl.zeros((BN, GB), tl.float32)
     parts = (width + SU * UNIT - 1) // (SU * UNIT)
     for first in range(tl.program_id(1) * GB, parts, GB * SPLITS):
@@ -34,7 +39,7 @@ def gemv(x, codes, scale, zero, table, bias, out, rows, width, words, groups, pe
         at = part[None, :, None] * SU + tl.arange(0, SU)[None, None, :]        # (1, GB, SU)
         mask = at * UNIT < width
         w = word(codes, begin + at, mask, BITS, EVEN)                 # (BN, GB, SU)
-        of = safe[:, None] * groups + (part // per)[None, :]
+        of = near[:, None] * groups + (part // per)[None, :]
         there = (part < parts)[None, :]
         if ZERO:
             z = fetch(zero + of, there, EVEN).to(tl.float32)
@@ -57,9 +62,9 @@ def gemv(x, codes, scale, zero, table, bias, out, rows, width, words, groups, pe
     if not TABLE:
         y *= 1 << BITS
     if not GROUPED:
-        y *= tl.load(scale + safe).to(tl.float32)
+        y *= tl.load(scale + near).to(tl.float32)
     if BIAS:
-        y += tl.load(bias + safe).to(tl.float32)
+        y += tl.load(bias + start + near).to(tl.float32)
     tl.store(out + tl.program_id(1) * rows + row, y.to(out.dtype.element_ty), mask=row < rows)
 
 
