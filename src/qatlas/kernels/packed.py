@@ -9,7 +9,8 @@ Integer sums are exact, and the rest has one order, on every machine and with an
     T = T + s D       s (D - z X)       s D + m X           X = sum_k q_k; groups one after another, fp32
     y = step T        step (T - zx U)                       U = sum of the row of W, by the same line; then + bias
 
-Floats: |y - exact y| <= 2^-24 (n + 16) sum_k |x_k| s (|v_k| + |z|) (+ |m x_k|) for n inputs, and a NaN or an infinity comes out where it does of
+The order of a float sum depends on how many tokens stand in a block (8, 4, 2 or 1): a row alone and the same row among others may differ by rounding,
+as with any BLAS. Products of whole numbers do not. |y - exact y| <= 2^-24 (n + 16) sum_k |x_k| s (|v_k| + |z|) (+ |m x_k|) for n inputs, and a NaN or an infinity comes out where it does of
 `dequantize`: with such x, or one beyond 1e30, each weight is made whole before it is multiplied (slower).
 
 Covered (`why_not` says what is not): weights of 1, 2, 3, 4, 8 bits by tensor, channel or group, where a group ends with a dword (1 and 3 bits: a
@@ -59,6 +60,7 @@ class Matrix:
     reals: tuple[float, ...] = field(repr=False)                  # part, unit, low
     table: Tensor | None = field(repr=False)
     native: bool = field(repr=False)                              # whether the library is there
+    refusal: str = field(repr=False)                              # why no product of whole numbers takes it; "" if one does
 
     @classmethod
     def of(cls, q: QTensor) -> Matrix:
@@ -90,7 +92,8 @@ class Matrix:
         shift, whole, part, unit, low, values = _numbers(grid)
         table = torch.tensor(values) if values else None
         conf = (rows, cols, group, cols // group if group else 0, bits, shift, whole)
-        return cls(codes.contiguous(), s, z, m, grid, grain, (rows, cols), bits, conf, (part, unit, low), table, library() is not None)
+        return cls(codes.contiguous(), s, z, m, grid, grain, (rows, cols), bits, conf, (part, unit, low), table, library() is not None,
+                   why_not(grid, grain, shape, integers=True))
 
     @cached_property
     def sums(self) -> Tensor:
@@ -181,7 +184,8 @@ def dense(w: Matrix) -> Matrix:
     number = (digits * torch.tensor([81, 27, 9, 3, 1], dtype=torch.int32)).sum(-1)
     packed = ((number * 256 + 242) // 243 + 128) % 256            # the number as a fraction of 243, rounded up, of a byte; see ops_scalar.h
     conf = (*w.conf[:4], DENSE, *w.conf[5:])
-    return Matrix(packed.to(torch.uint8).contiguous(), w.scale, w.zero, w.offset, w.grid, w.grain, w.shape, DENSE, conf, w.reals, w.table, w.native)
+    return Matrix(packed.to(torch.uint8).contiguous(), w.scale, w.zero, w.offset, w.grid, w.grain, w.shape, DENSE, conf, w.reals, w.table, w.native,
+                  w.refusal)
 
 
 def _undigits(packed: Tensor, conf: tuple[int, ...]) -> Tensor:
@@ -213,8 +217,8 @@ def linear_int8(codes: Tensor, steps: Tensor, zero: Tensor | None, w: Matrix, bi
     Raises:
         QuantError: tensors of other shapes or types, or a weight without whole numbers.
     """
-    if reason := why_not(w.grid, w.grain, w.shape, integers=True):
-        raise QuantError(f"no kernel multiplies int8 activations with this packed weight: {reason}")
+    if w.refusal:
+        raise QuantError(f"no kernel multiplies int8 activations with this packed weight: {w.refusal}")
     if codes.dtype != torch.int8 or codes.shape[-1:] != (w.shape[1],) or codes.device.type != "cpu":
         raise QuantError(f"a packed weight {w.shape} takes int8 (..., {w.shape[1]}) on CPU, not {codes.dtype} {tuple(codes.shape)} on {codes.device}")
     for name, t in (("step", steps), ("zero", zero)):
