@@ -184,15 +184,15 @@ def test_a_mapped_file_is_used_where_it_lies(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_said() -> None:
     q = tensor(Uniform(4), Group(32), 10, 64)
     w, x, codes = Matrix.of(q), torch.randn(6, 64), ends(6, 64)
+    op, rest = torch.ops.qatlas.packed_linear, (None, None, None, w.table, w.conf, w.reals, w.strides, 1)
     for call, words in (
             (lambda: linear(x[:, :63], w), r"\(..., 64\)"), (lambda: linear(x.int(), w), "int32"), (lambda: linear(x, w, torch.zeros(9)), "bias"),
             (lambda: linear_int8(x, torch.ones(6), None, w), "int8"), (lambda: linear_int8(codes, torch.ones(5), None, w), "step"),
             (lambda: linear_int8(codes, torch.ones(6), torch.ones(2), w), "zero"),
             (lambda: Matrix.from_parts(w.codes[:, 1:], q.scale, None, None, q.grid, q.grain, (10, 64)), r"uint8 \(10, 32\)"),
             (lambda: Matrix.from_parts(w.codes, q.scale[:, :1], None, None, q.grid, q.grain, (10, 64)), "scale"),
-            (lambda: torch.ops.qatlas.packed_linear(x, w.codes[:, :16].contiguous(), w.scale, None, None, None, w.table, w.conf, w.reals, w.strides, 1), "codes"),
-            (lambda: torch.ops.qatlas.packed_linear(x, w.codes, w.scale[:1], None, None, None, w.table, w.conf, w.reals, w.strides, 1), "scales"),
-            (lambda: torch.ops.qatlas.packed_linear(x[:, :8], w.codes, w.scale, None, None, None, w.table, w.conf, w.reals, w.strides, 1), "elements")):
+            (lambda: op(x, w.codes[:, :16].contiguous(), w.scale, *rest), "codes"), (lambda: op(x, w.codes, w.scale[:1], *rest), "scales"),
+            (lambda: op(x[:, :8], w.codes, w.scale, *rest), "elements")):
         with pytest.raises(QuantError, match=words):
             call()
     packed._say.cache_clear()
@@ -207,10 +207,10 @@ def test_what_does_not_fit_is_said() -> None:
 def test_operators_keep_torchs_rules() -> None:
     for grid in (Uniform(4), Uniform(8)):
         w = Matrix.of(tensor(grid, Group(32), 10, 64, "zero"))
-        x = torch.randn(3, 64)
-        torch.library.opcheck(torch.ops.qatlas.packed_linear.default, (x, w.codes, w.scale, w.zero, None, None, w.table, w.conf, w.reals, w.strides, 1))
+        x, last = torch.randn(3, 64), (w.conf, w.reals, w.strides, 1)
+        torch.library.opcheck(torch.ops.qatlas.packed_linear.default, (x, w.codes, w.scale, w.zero, None, None, w.table, *last))
         torch.library.opcheck(torch.ops.qatlas.packed_linear_int8.default, (ends(3, 64), torch.ones(3), torch.ones(3), w.codes, w.scale, w.zero, None,
-                                                                            torch.ones(10), w.sums, w.conf, w.reals, w.strides, 1))
+                                                                            torch.ones(10), w.sums, *last))
 
 
 @built

@@ -9,9 +9,9 @@ Integer sums are exact, and the rest has one order, on every machine and with an
     T = T + s D       s (D - z X)       s D + m X           X = sum_k q_k; groups one after another, fp32
     y = step T        step (T - zx U)                       U = sum of the row of W, by the same line; then + bias
 
-The order of a float sum depends on how many tokens stand in a block (8, 4, 2 or 1): a row alone and the same row among others may differ by rounding,
-as with any BLAS. Products of whole numbers do not. |y - exact y| <= 2^-24 (n + 16) sum_k |x_k| s (|v_k| + |z|) (+ |m x_k|) for n inputs, and a NaN or an infinity comes out where it does of
-`dequantize`: with such x, or one beyond 1e30, each weight is made whole before it is multiplied (slower).
+Float sums: |y - exact y| <= 2^-24 (n + 16) sum_k |x_k| s (|v_k| + |z|) (+ |m x_k|) for n inputs. Their order depends on how many tokens stand in a
+block (8, 4, 2 or 1), so a row alone and the same row among others may differ by rounding, as with any BLAS; products of whole numbers do not. A NaN
+or an infinity comes out where it does of `dequantize`: with such x, or one beyond 1e30, each weight is made whole before it is multiplied (slower).
 
 Covered (`why_not` says what is not): weights of 1, 2, 3, 4, 8 bits by tensor, channel or group, where a group ends with a dword (1 and 3 bits: a
 multiple of 32 inputs; 2: 16; 4: 8; 8: 4) or is the whole row; grids of equal steps, and with float x any grid of up to 16 values. `dense` packs
