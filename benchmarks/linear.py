@@ -4,8 +4,8 @@
 
 A layer of 4096 x 4096. Every engine has as many copies of its weight as fill 96 MiB or more and takes the next one each time, so that weights come
 from memory as they do in a model. A round times each of them once, in an order that rotates; a pair is an engine's and the reference's time of one
-round. Told is the median time, and the median of the pairs' ratios with its interval by order statistics (as in training.py). The limit is the time in which this
-machine reads the bytes of the weight, by a sum over 160 MB of floats in the same rounds and with as many threads.
+round. Told is the median time, the fastest, and the median of the pairs' ratios with its interval by order statistics (as in training.py). The limit
+is the time in which this machine reads the bytes of the weight, by a sum over 160 MB of floats in the same rounds and with as many threads.
 
     qatlas           1, 1.6 (five ternary digits a byte), ternary in 2, 2, 3, 4, 8 bits, by channel; 4 bits also by groups of 32 and 128
       int8           x quantized beforehand, one step a token: the kernel alone
