@@ -97,7 +97,7 @@ def hadamard(x: Tensor, block: int, factor: float, out: Tensor | None = None, th
 
 def _variants(lib: Any) -> tuple[str, ...]:
     names = (ctypes.c_char_p * 16)()
-    return tuple(name.decode() for name in names[: lib.qn_variants(names, 16)])
+    return tuple(name.decode() for name in names[: lib.qn_variants(names, 16)] if name)
 
 
 def _choose(lib: Any, name: str) -> None:
