@@ -27,8 +27,9 @@ class Weight(ctypes.Structure):
     """QnMatrix of native.h."""
 
     _fields_ = [("codes", ctypes.c_void_p), ("stride", ctypes.c_int64), ("rows", ctypes.c_int64), ("cols", ctypes.c_int64),
-                ("group", ctypes.c_int64), ("groups", ctypes.c_int64), ("width", ctypes.c_int32), ("values", ctypes.c_int32),
-                ("unit", ctypes.c_float), ("low", ctypes.c_float), ("table", ctypes.c_void_p), ("scale", ctypes.c_void_p),
+                ("group", ctypes.c_int64), ("groups", ctypes.c_int64), ("width", ctypes.c_int32), ("shift", ctypes.c_int32),
+                ("whole", ctypes.c_int32), ("part", ctypes.c_float), ("unit", ctypes.c_float), ("low", ctypes.c_float),
+                ("table", ctypes.c_void_p), ("scale", ctypes.c_void_p),
                 ("zero", ctypes.c_void_p), ("offset", ctypes.c_void_p), ("by_row", ctypes.c_int64), ("by_group", ctypes.c_int64)]
 
 

@@ -14,7 +14,9 @@ const Find FINDS[] = {qn_scalar, qn_neon, qn_avx2, qn_avx512, qn_vnni, qn_vbmi};
 
 std::atomic<const QnVariant*> chosen{nullptr};
 
-const QnVariant* current() {
+}  // namespace
+
+const QnVariant* qn_current() {
     const QnVariant* found = chosen.load();
     if (found != nullptr) return found;
     for (Find find : FINDS)
@@ -23,6 +25,8 @@ const QnVariant* current() {
     chosen.store(found);
     return found;
 }
+
+namespace {
 
 struct Turn {
     const float* x;
@@ -51,7 +55,7 @@ int32_t qn_variants(const char** names, int32_t most) {
     return count;
 }
 
-const char* qn_variant(void) { return current()->name; }
+const char* qn_variant(void) { return qn_current()->name; }
 
 int32_t qn_choose(const char* name) {
     for (Find find : FINDS)
@@ -66,9 +70,6 @@ int32_t qn_choose(const char* name) {
 void qn_hadamard(const float* x, float* y, int64_t blocks, int64_t n, float factor, int32_t threads) {
     if (blocks <= 0 || n <= 0) return;
     const int64_t portion = n >= 16384 ? 1 : 16384 / n;     // 64 KiB at a time
-    Turn t{x, y, blocks, n, portion, factor, current()};
+    Turn t{x, y, blocks, n, portion, factor, qn_current()};
     qn_run(turn, &t, (blocks + portion - 1) / portion, threads);
 }
-
-void qn_linear(const QnMatrix*, const float*, int64_t, const float*, float*, int32_t) {}
-void qn_linear_int8(const QnMatrix*, const int8_t*, int64_t, const float*, const float*, const float*, const float*, float*, int32_t) {}

@@ -1,7 +1,7 @@
 // The C interface of the CPU kernels: products with packed weights, and the Walsh-Hadamard transform.
 //
 // A weight W (rows, cols) is used in place, in the layout of core/qtensor.pack_bits: dense, least significant bit first along a row, each row padded
-// to a whole byte. W = s (v - z), or s v + m, with v = (shift of a code) + low, or a table. One scale serves a group of a row's columns.
+// to a whole byte. W = s (v - z), or s v + m, with v from a code c by whole numbers or by a table. One scale serves a group of a row's columns.
 //
 //   qn_linear        y = x W^T + b, x fp32                          sums of floats, in an order of our own
 //   qn_linear_int8   y = step (sum_g s_g (D_g - z_g X_g) - zx U) + b, x = step (q - zx), q int8     integers exact, floats in exactly this order
@@ -26,9 +26,10 @@ struct QnMatrix {
     int64_t group;            // columns that share a scale; of QN_TERNARY each group starts at a multiple of four bytes
     int64_t groups;           // of a row: group * groups == cols
     int32_t width;            // QnWidth
-    int32_t values;           // 0: v = unit c + low; 1: v = table[c], of at most 4 bits and for qn_linear only
-    float unit, low;          // 1 or 2, and a multiple of a half: each v times 2 is a whole number
-    const float* table;       // 16 values
+    int32_t shift, whole;     // of qn_linear_int8: v = ((c << shift) + whole) part, shift 0 or 1
+    float part;               // a power of two, 1 or less
+    float unit, low;          // of qn_linear with 8 bits: v = unit c + low
+    const float* table;       // of qn_linear with fewer: 16 values, those of the codes again and again
     const float* scale;       // (rows, groups) with these strides, in floats; a stride may be 0
     const float* zero;        // as scale, or null
     const float* offset;      // as scale, or null

@@ -34,6 +34,7 @@ struct Ops {
     static inline I either(I a, I b) { return _mm256_or_si256(a, b); }
     static inline I add(I a, I b) { return _mm256_add_epi32(a, b); }
     template <int S> static inline I right(I a) { return _mm256_srli_epi32(a, S); }
+    template <int S> static inline I signed_right(I a) { return _mm256_srai_epi32(a, S); }
     template <int S> static inline I left(I a) { return _mm256_slli_epi32(a, S); }
     static inline I dp(I acc, I codes, const int32_t* x) {
         return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, _mm256_set1_epi32(*x)), _mm256_set1_epi16(1)));
@@ -65,5 +66,5 @@ struct Ops {
         const F other = H == 1 ? _mm256_permute_ps(a, 0xb1) : H == 2 ? _mm256_permute_ps(a, 0x4e) : _mm256_permute2f128_ps(a, a, 1);
         return _mm256_blend_ps(_mm256_add_ps(a, other), _mm256_sub_ps(other, a), H == 1 ? 0xaa : H == 2 ? 0xcc : 0xf0);
     }
-    static inline void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+    static inline void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 };

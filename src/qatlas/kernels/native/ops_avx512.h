@@ -45,6 +45,7 @@ struct Ops {
     static inline I either(I a, I b) { return _mm512_or_si512(a, b); }
     static inline I add(I a, I b) { return _mm512_add_epi32(a, b); }
     template <int S> static inline I right(I a) { return _mm512_srli_epi32(a, S); }
+    template <int S> static inline I signed_right(I a) { return _mm512_srai_epi32(a, S); }
     template <int S> static inline I left(I a) { return _mm512_slli_epi32(a, S); }
     static inline I dp(I acc, I codes, const int32_t* x) {
 #if defined(QN_VNNI)
@@ -85,5 +86,5 @@ struct Ops {
         const __mmask16 upper = H == 1 ? 0xaaaa : H == 2 ? 0xcccc : H == 4 ? 0xf0f0 : 0xff00;
         return _mm512_mask_sub_ps(_mm512_add_ps(a, other), upper, other, a);
     }
-    static inline void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+    static inline void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 };

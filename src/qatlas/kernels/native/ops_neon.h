@@ -28,6 +28,10 @@ struct Ops {
     static inline I either(I a, I b) { return vorrq_u32(a, b); }
     static inline I add(I a, I b) { return vaddq_u32(a, b); }
     template <int S> static inline I right(I a) { if constexpr (S == 0) return a; else return vshrq_n_u32(a, S); }
+    template <int S> static inline I signed_right(I a) {
+        if constexpr (S == 0) return a;
+        else return vreinterpretq_u32_s32(vshrq_n_s32(vreinterpretq_s32_u32(a), S));
+    }
     template <int S> static inline I left(I a) { return vshlq_n_u32(a, S); }
     static inline I dp(I acc, I codes, const int32_t* x) {
         const int8x16_t c = vreinterpretq_s8_u32(codes), q = vreinterpretq_s8_s32(vdupq_n_s32(*x));

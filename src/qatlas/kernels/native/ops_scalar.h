@@ -23,12 +23,17 @@ struct Ops {
     static inline I either(I a, I b) { QN_EACH a.at[i] |= b.at[i]; return a; }
     static inline I add(I a, I b) { QN_EACH a.at[i] = static_cast<int32_t>(static_cast<uint32_t>(a.at[i]) + static_cast<uint32_t>(b.at[i])); return a; }
     template <int S> static inline I right(I a) { QN_EACH a.at[i] = static_cast<int32_t>(static_cast<uint32_t>(a.at[i]) >> S); return a; }
+    template <int S> static inline I signed_right(I a) { QN_EACH a.at[i] >>= S; return a; }
     template <int S> static inline I left(I a) { QN_EACH a.at[i] = static_cast<int32_t>(static_cast<uint32_t>(a.at[i]) << S); return a; }
     // each lane: acc + the products of four unsigned bytes of codes with four signed bytes at x
     static inline I dp(I acc, I codes, const int32_t* x) {
         int8_t q[4];
         memcpy(q, x, 4);
-        QN_EACH for (int b = 0; b < 4; b++) acc.at[i] += static_cast<int32_t>((static_cast<uint32_t>(codes.at[i]) >> (8 * b)) & 255) * q[b];
+        QN_EACH {
+            int32_t sum = 0;
+            for (int b = 0; b < 4; b++) sum += static_cast<int32_t>((static_cast<uint32_t>(codes.at[i]) >> (8 * b)) & 255) * q[b];
+            acc.at[i] = static_cast<int32_t>(static_cast<uint32_t>(acc.at[i]) + static_cast<uint32_t>(sum));
+        }
         return acc;
     }
     // four codes of 3 bits from bit S of a lane on, one a byte

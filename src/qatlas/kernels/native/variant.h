@@ -8,7 +8,6 @@ struct QnLayout {                 // how the dwords of a row are read, and what 
     int64_t padded;               // codes of a row, padding included
     int64_t bytes;                // of a row that are there
     int32_t mode;                 // float products: 0 scale after a group's sum, 1 each weight exactly as `dequantize` gives it
-    int32_t shift, half;          // integer products: D = (A << shift) + low X, in halves of a step where half is 1
 };
 
 struct QnJob {                    // one product; x is laid out by native.cpp in blocks of tokens
@@ -16,7 +15,7 @@ struct QnJob {                    // one product; x is laid out by native.cpp in
     const QnLayout* layout;
     int64_t tokens;               // at most QN_TOKENS
     const void* x;                // floats, or dwords of four int8: each block (padded / 1 or 4, tokens of the block)
-    const int32_t* lowx;          // (groups, tokens): low X, in halves where layout.half is 1
+    const int32_t* lowx;          // (groups, tokens): whole X
     const float* sumx;            // (groups, tokens): X
     const float* step;            // (tokens,) of int8 x, else null
     const float* xzero;           // (tokens,) or null
@@ -42,3 +41,4 @@ const QnVariant* qn_avx512();
 const QnVariant* qn_vnni();
 const QnVariant* qn_vbmi();
 const QnVariant* qn_neon();
+const QnVariant* qn_current();    // the one in use

@@ -9,6 +9,8 @@ namespace {
 #include "ops_neon.h"
 
 #include "hadamard.h"
+#include "unpack.h"
+
 #include "product.h"
 bool runs() { return true; }
 const QnVariant variant = {"neon", Ops::N, runs, product::linear, product::linear_int8, hadamard::run};

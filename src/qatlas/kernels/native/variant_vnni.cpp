@@ -15,6 +15,8 @@ namespace {
 #include "ops_avx512.h"
 
 #include "hadamard.h"
+#include "unpack.h"
+
 #include "product.h"
 }  // namespace
 #if defined(__clang__)
