@@ -233,14 +233,17 @@ class Quantizer(nn.Module):
         return y
 
     @torch.no_grad()
-    def known(self, x: Tensor, shift: Tensor | None = None) -> Known:
-        """The values of x and their place, for later forwards of the same x."""
+    def known(self, x: Tensor, shift: Tensor | None = None, into: Tensor | None = None) -> Known:
+        """The values of x and their place, for later forwards of the same x. into: memory like x, in which the values then lie."""
         view = self.quant.grain.view(working(x))
         place = self.place(view)
         shift = None if shift is None else self.quant.grain.view(shift)
+        there = None if into is None or into.dtype != view.dtype else self.quant.grain.view(into)
+        there = there if there is not None and there.data_ptr() == into.data_ptr() and there.is_contiguous() else None  # type: ignore[union-attr]
         formula = self._runs()
-        y = values(view, place, shift, self.computes) if formula is None else formula.values(view, place, shift)
-        return Known(self.quant.grain.back(y, x.shape).to(x.dtype), place)
+        y = values(view, place, shift, self.computes, there) if formula is None else formula.values(view, place, shift, there)
+        y = self.quant.grain.back(y, x.shape).to(x.dtype)
+        return Known(y if into is None else into if there is not None else into.copy_(y), place)
 
     @torch.no_grad()
     def quantize(self, x: Tensor, shift: Tensor | None = None) -> QTensor:

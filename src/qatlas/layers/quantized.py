@@ -267,10 +267,10 @@ class Quantized(Layer):
         quants = tuple(q.quant for q in self.weight_quantizer.modules() if isinstance(q, Quantizer))        # bits may be switched
         stamp = (quants, *((id(part), part._version, part.device, part.dtype) for part in parts))
         if self._stamp != stamp or self._known is None:
-            fresh, old = self.weight_quantizer.known(w.detach(), shift), None if self._known is None else self._known.value
-            if old is not None and (old.shape, old.device, old.dtype) == (fresh.value.shape, fresh.value.device, fresh.value.dtype):
-                fresh = fresh._replace(value=old.copy_(fresh.value))
-            self._known, self._stamp = fresh, stamp
+            old = None if self._known is None else self._known.value
+            fits = old is not None and (old.shape, old.device, old.dtype) == (w.shape, w.device, w.dtype)
+            self._stamp = None                                    # what is half written belongs to nobody
+            self._known, self._stamp = self.weight_quantizer.known(w.detach(), shift, old if fits else None), stamp
         return self._known
 
     def bias_in(self, x: Tensor) -> Tensor | None:
