@@ -106,6 +106,8 @@ class Quantized(Layer):
     weight_quantizer: Quantizer | RowsQuantizer | None
     _known: Known | None
     _stamp: tuple | None
+    meet: Any = None                                              # what a kept value passes on its way into the product (gathered.py)
+    waiting: Any = None
 
     @classmethod
     def of(cls, module: nn.Module, slots: Slots, peak: Tensor | None = None) -> Any:
@@ -172,13 +174,18 @@ class Quantized(Layer):
         return w if self.transform is None else self.transform.of_weight(w)
 
     def computed(self) -> Tensor:
-        w = self.source()
-        if self.weight_quantizer is not None:
-            shift = None if self.adapter is None else self.adapter.shift(w)
-            follows = any(True for _ in self.weight_quantizer.buffers())      # a moving scale moves in every forward: nothing to keep
-            known = self._keep(w, shift) if self.keep == "buffer" and self.weight_quantizer.on and not follows else None
-            w = self.weight_quantizer(w, shift, known)
+        w = self.source() if self.weight_quantizer is None else self.quantized()
         return w if self.adapter is None else self.adapter.after(w)
+
+    def quantized(self) -> Tensor:
+        """The weight as its quantizer gives it, fresh or kept."""
+        w = self.source()
+        assert self.weight_quantizer is not None
+        shift = None if self.adapter is None else self.adapter.shift(w)
+        follows = any(True for _ in self.weight_quantizer.buffers())          # a moving scale moves in every forward: nothing to keep
+        known = self._keep(w, shift) if self.keep == "buffer" and self.weight_quantizer.on and not follows else None
+        w = self.weight_quantizer(w, shift, known)
+        return w if known is None or self.meet is None else self.meet(w)
 
     def multiply(self, q: Tensor) -> Tensor:
         numbers = () if self.weight_quantizer is None else self.weight_quantizer.modules()

@@ -26,6 +26,7 @@ from torch import nn
 
 from ..core.error import RunError
 from ..kernels.compiled import compiled
+from ..layers.gathered import gathering, waits
 from ..layers.quantized import kept
 from .optim import AdamW, Optimizer, only, set_rates, trained
 from .plan import TRIED, Cost, cost
@@ -71,7 +72,8 @@ def fit(model: nn.Module, task: Task, *, train: str | Sequence[str] = "*", optim
         _begin(loop, train, tactics, point)
         if point is None or not point.finished:
             quick = compiled(model) if run.compile == "quant" else nullcontext()
-            with quick, kept(model, not asked(accelerator)), shared(accelerator, model, tactics) as wrapped:
+            gathers = run.compile != "no" and accelerator.num_processes == 1
+            with quick, kept(model, not asked(accelerator)), gathering(model, gathers), shared(accelerator, model, tactics) as wrapped:
                 _equip(loop, train, optimizer, point)
                 _steps(loop, wrapped, run, phase, schedule, objective, tactics, clip)
             phase.write(point_of(loop, tactics, finished=True)) if accelerator.is_main_process else None
@@ -204,7 +206,7 @@ def _backward(loop: Loop, wrapped: nn.Module, run: Run, objective: Loss, tactics
         first = mine.start + turn * size
         ours = slice(first, min(first + size, mine.stop)) if first < mine.stop else slice(mine.stop - 1, mine.stop)
         part: Batch = {name: value[ours] for name, value in loop.batch.items()}
-        with unsynced(accelerator, wrapped, turn + 1 < turns):
+        with unsynced(accelerator, wrapped, turn + 1 < turns), waits(loop.model, turn + 1 < turns):
             with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
                 value = objective(wrapped, part)
                 for tactic in tactics:
