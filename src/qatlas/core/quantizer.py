@@ -265,7 +265,9 @@ class Quantizer(nn.Module):
         return alone and deaf and not x.is_leaf and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def _runs(self) -> Formula | None:
-        return self.formula if self.formula is not None and self.formula.quant == self.computes else None
+        if self.formula is None or torch.compiler.is_compiling():  # a compiler that has the whole model takes the lines themselves
+            return None
+        return self.formula if self.formula.quant == self.computes else None
 
     def _hold(self, place: Place) -> Quantizer:
         learn = self.quant.scale.keeps == "parameter"

@@ -108,6 +108,7 @@ class Quantized(Layer):
     _stamp: tuple | None
     meet: Any = None                                              # what a kept value passes on its way into the product (gathered.py)
     waiting: Any = None
+    ahead: bool = False                                           # whether what is kept is refreshed before a graph runs (ahead.py)
 
     @classmethod
     def of(cls, module: nn.Module, slots: Slots, peak: Tensor | None = None) -> Any:
@@ -183,14 +184,23 @@ class Quantized(Layer):
         assert self.weight_quantizer is not None
         shift = None if self.adapter is None else self.adapter.shift(w)
         follows = any(True for _ in self.weight_quantizer.buffers())          # a moving scale moves in every forward: nothing to keep
-        known = self._keep(w, shift) if self.keep == "buffer" and self.weight_quantizer.on and not follows else None
+        known = None
+        if self.keep == "buffer" and self.weight_quantizer.on and not follows:
+            traced = torch.compiler.is_compiling()                # a graph cannot ask whether something was written: ahead.py asks before it runs
+            known = self._keep(w, shift) if not traced else self._known if self.ahead else None
         w = self.weight_quantizer(w, shift, known)
-        return w if known is None or self.meet is None else self.meet(w)
+        return w if known is None or self.meet is None or torch.compiler.is_compiling() else self.meet(w)
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Quantize what is kept, where it was written since."""
+        if self.keep == "buffer" and self.weight_quantizer is not None and self.weight_quantizer.on:
+            self.quantized()
 
     def multiply(self, q: Tensor) -> Tensor:
         numbers = () if self.weight_quantizer is None else self.weight_quantizer.modules()
         moving = any(isinstance(q, Quantizer) and q.quant.scale.keeps == "buffer" for q in numbers)
-        if self.keep == "recompute" and torch.is_grad_enabled() and not moving:
+        if self.keep == "recompute" and torch.is_grad_enabled() and not moving and not torch.compiler.is_compiling():
             return product(self, q)
         return self.product(q, typed(self.computed(), q))         # a model in bf16 computes in bf16, from fp32 masters
 
