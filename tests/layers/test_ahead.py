@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qatlas.core.scheme import scheme
-from qatlas.layers.ahead import whole
+from qatlas.layers.ahead import traced
 from qatlas.layers.conv import QConv2d
 from qatlas.layers.linear import QLinear
 from qatlas.layers.quantized import Quantized, Slots
@@ -43,7 +43,7 @@ def test_a_layer_is_one_graph(make, text, keep):
     layer, x = make(text, keep)
     wanted = learnt(layer, x)
     torch._dynamo.reset()
-    with whole(layer, fullgraph=True, backend="aot_eager"):
+    with traced(layer, fullgraph=True, backend="aot_eager"):
         for ours, eager in zip(learnt(layer, x), wanted, strict=True):
             torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
 
@@ -63,7 +63,7 @@ def test_a_graph_sees_every_write(keep):
         with torch.no_grad():
             how()
 
-    with whole(layer, fullgraph=True, backend=counting):
+    with traced(layer, fullgraph=True, backend=counting):
         layer(x)
         first = len(graphs)
         for how in (lambda: layer.weight.mul_(1.5), lambda: layer.weight_quantizer.scale.mul_(0.7), lambda: layer.weight.data.add_(0.3)):
@@ -109,6 +109,6 @@ def test_quantized_attention_is_one_graph(keep):
 
     wanted = grads()
     torch._dynamo.reset()
-    with whole(model, fullgraph=True, backend="aot_eager"):
+    with traced(model, fullgraph=True, backend="aot_eager"):
         for ours, eager in zip(grads(), wanted, strict=True):
             torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)

@@ -1,6 +1,6 @@
 """A model whose whole step is compiled: forward and backward as torch.compile makes them, with the quantizers' lines fused into what stands around them.
 
-    with whole(model):
+    with traced(model):
         model(x).sum().backward()
 
 A weight under keep="buffer" enters the compiled graph as a tensor that is there already, so that it is quantized once for each write and not in each
@@ -25,7 +25,7 @@ from .quantized import Quantized
 
 
 @contextlib.contextmanager
-def whole(model: nn.Module, **how: Any) -> Iterator[nn.Module]:
+def traced(model: nn.Module, **how: Any) -> Iterator[nn.Module]:
     """While it lasts, calls of `model` run compiled. how: what torch.compile takes."""
     layers = [m for m in model.modules() if isinstance(m, Quantized)]
     run = torch.compile(model._call_impl, **how)

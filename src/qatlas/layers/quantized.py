@@ -186,8 +186,10 @@ class Quantized(Layer):
         follows = any(True for _ in self.weight_quantizer.buffers())          # a moving scale moves in every forward: nothing to keep
         known = None
         if self.keep == "buffer" and self.weight_quantizer.on and not follows:
-            traced = torch.compiler.is_compiling()                # a graph cannot ask whether something was written: ahead.py asks before it runs
-            known = self._keep(w, shift) if not traced else self._known if self.ahead else None
+            if not torch.compiler.is_compiling():
+                known = self._keep(w, shift)
+            elif self.ahead:                                      # a graph cannot ask whether something was written: ahead.py asks before it runs
+                known = self._known
         w = self.weight_quantizer(w, shift, known)
         return w if known is None or self.meet is None or torch.compiler.is_compiling() else self.meet(w)
 
