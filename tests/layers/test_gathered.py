@@ -121,3 +121,16 @@ def test_a_quantizer_without_gradient_stays_silent():
     w = torch.randn(4, 32, requires_grad=True)
     quantizer.initialise(w)
     assert torch.autograd.grad(quantizer(w).sum() * 0 + w.sum(), w)[0].eq(1).all()
+
+
+@pytest.mark.parametrize("keep", ["each", "buffer", "recompute"])
+def test_checkpointing_gives_the_gradients_of_plain_blocks(keep):
+    found = []
+    for again in (False, True):
+        net = model(again=again)
+        for layer in net.modules():
+            if isinstance(layer, Quantized):
+                layer.keep = keep
+        net(torch.randn(4, 32, generator=torch.Generator().manual_seed(2))).square().sum().backward()
+        found.append([p.grad for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -5,8 +5,10 @@ four times the seconds of the arithmetic that fills them. A training step makes 
 before the next. So the last such block is remembered here, one of each size, and given to the next who asks, if nobody sees it: no tensor, no view, no
 array, no handle of its storage. Else the answer is fresh memory as ever. What is handed out is an ordinary tensor; autograd may take it as `.grad`.
 
-It costs what it remembers: for each of at most KEPT sizes one block that would have been given back. Smaller blocks are malloc's own affair, and so is
-other memory than the CPU's.
+What is needed for a moment only (the gradient of a kept weight, on its way through the quantizer) is remembered apart, in smaller sizes, too: fresh
+memory for it would lie between blocks that stay, and what malloc gives back at the end of a step it must fault in again in the next.
+
+It costs what it remembers: for each of at most KEPT sizes one block that would have been given back. Other memory than the CPU's is not our affair.
 """
 
 from __future__ import annotations
@@ -16,15 +18,16 @@ import sys
 import torch
 from torch import Tensor
 
-LARGE, KEPT = 2**25, 4                                            # bytes; sizes
+LARGE, SMALL, KEPT = 2**25, 2**16, 8                              # bytes, bytes; sizes
 
-_known: dict[int, tuple[Tensor, tuple[int, int]]] = {}            # bytes -> memory, and how often it is held while it is idle
+_known: dict[tuple[int, bool], tuple[Tensor, tuple[int, int]]] = {}         # bytes, for a moment -> memory, how often it is held while it is idle
 
 
-def empty(x: Tensor) -> Tensor:
-    """Contiguous memory for numbers like x; for a large x such as was used before, where there is some."""
-    if x.device.type == "cpu" and x.nbytes >= LARGE and not torch.compiler.is_compiling() and _plain(x):
-        return torch.empty(0, dtype=x.dtype).set_(_memory(x.nbytes).untyped_storage(), 0, x.shape)
+def empty(x: Tensor, moment: bool = False) -> Tensor:
+    """Contiguous memory for numbers like x; for a large x such as was used before, where there is some. moment: it is dropped soon."""
+    large = x.nbytes >= (SMALL if moment else LARGE)
+    if x.device.type == "cpu" and large and not torch.compiler.is_compiling() and _plain(x):
+        return torch.empty(0, dtype=x.dtype).set_(_memory(x.nbytes, moment).untyped_storage(), 0, x.shape)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -33,16 +36,16 @@ def forget() -> None:
     _known.clear()
 
 
-def _memory(size: int) -> Tensor:
-    """The last block of this size, if nobody sees it, or a new one, which is then the last."""
-    if size in _known:
-        memory, alone = _known[size]
+def _memory(size: int, moment: bool) -> Tensor:
+    """The last block of this kind, if nobody sees it, or a new one, which is then the last."""
+    if (size, moment) in _known:
+        memory, alone = _known[size, moment]
         if _holders(memory) == alone:
             return memory
     elif len(_known) >= KEPT:
         _known.pop(next(iter(_known)))
     memory = torch.empty(size, dtype=torch.uint8)
-    _known[size] = memory, _holders(memory)
+    _known[size, moment] = memory, _holders(memory)
     return memory
 
 
