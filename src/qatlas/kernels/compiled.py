@@ -36,6 +36,8 @@ from ..core.estimator import forward, passing, pull, values
 from ..core.quantizer import Quant, Quantizer
 from ..core.scale import Place
 
+MANY = 64                                                         # the compiler uses several threads where the first call has work for them
+
 
 class Compiled:
     """The formula of one Quant, compiled: what core.estimator.Formula asks for."""
@@ -105,7 +107,7 @@ def check(formula: Compiled, device: torch.device) -> Compiled:
         QuantError: see `compiled`.
     """
     quant = formula.quant
-    view, g = sample(quant, device), torch.linspace(-1, 1, 64 * 6, device=device).reshape(6, 64)
+    view, g = sample(quant, device).repeat(MANY, 1), torch.linspace(-1, 1, 64 * 6, device=device).reshape(6, 64).repeat(MANY, 1)
     place = quant.measure(view)
     y = forward(view, place, None, quant)[0]
     hears = not quant.estimator.blind or quant.scale.keeps == "parameter"        # else backward is the incoming gradient; compiled if ever asked for
@@ -147,7 +149,7 @@ def _early() -> Any:
                     node.args[1].append(node)
 
         def uuid(self) -> str:
-            return "qatlas.early.1"
+            return f"qatlas.early.2, {torch.get_num_threads()} threads"          # a key of the compiler's cache, which forgets the threads
 
     return Early()
 
