@@ -14,10 +14,14 @@ the end of its second step, when moments exist. What libraries take beside tenso
     w4        weights in 4 bits, groups of 32      ours: learned steps (LSQ). torchao and modelopt: steps by the largest value
     w4a8      and inputs in 8 bits, a token        brevitas: weights by channel, inputs by tensor, learned
     w1.58a8   ternary weights by channel           BitNet's
+    whole     plain and ours by torch.compile as a whole: forward and backward are graphs, the optimizer is eager in both
+    micro     eight micro-batches a step: weights quantized in each, once a step, and with gradients that wait for one pull
+    distil    w1.58a8 with a teacher's logits as targets: the student's own weights with quantizers off, or a second model. Between "qatlas" and
+              these lies the teacher's forward, and its loss
 
-Embeddings and head stay full for all. "compiled" means that the fake quantization alone is compiled. The peers are imported where they are
-installed; a variant that is absent or fails stands in the table with its reason. The json holds each step's seconds: the same command goes on where
-it was stopped, and another setting is refused.
+Embeddings and head stay full for all. "compiled" means that the fake quantization alone is compiled (but in "whole"), "recompute" keep="recompute".
+The peers are imported where they are installed; a variant that is absent or fails stands in the table with its reason. The json holds each step's
+seconds: the same command goes on where it was stopped, and another setting is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "runs")]
 MARK, GROUP = "training-cost", 32
 ROWS, LENGTH, VOCABULARY = 8, 256, 4096
+rows = ROWS                                                       # of a step; `--tokens` sets it
 WIDTH, DEPTH = 384, 8
 
 Build = Callable[[nn.Module, ExitStack], nn.Module]
@@ -58,21 +63,58 @@ def llama(width: int = WIDTH, depth: int = DEPTH) -> nn.Module:
         use_cache=False)).train()
 
 
-def ours(scheme: str, compile: bool) -> Build:
-    """qatlas as `fit` runs it: weights kept from write to write."""
+def ours(scheme: str, compile: str = "no", keep: str = "buffer", gather: bool = False) -> Build:
+    """qatlas as `fit` runs it: weights kept from write to write; compile: no, quant, step."""
 
     def build(model: nn.Module, stack: ExitStack) -> nn.Module:
         from qatlas.kernels.compiled import compiled
+        from qatlas.layers.ahead import traced
+        from qatlas.layers.gathered import gathering
         from qatlas.layers.quantized import Quantized
         from qatlas.model.rules import quantize
 
         model = quantize(model, scheme)
         for layer in model.modules():
             if isinstance(layer, Quantized):
-                layer.keep = "buffer"
-        return stack.enter_context(compiled(model)) if compile else model
+                layer.keep = keep
+        began = time.perf_counter()
+        stack.enter_context(compiled(model)) if compile != "no" else None
+        say(f"  compiled the fake quantization in {time.perf_counter() - began:.1f} s") if compile != "no" else None
+        stack.enter_context(gathering(model, gather))
+        return stack.enter_context(traced(model)) if compile == "step" else model
 
     return build
+
+
+def stepped(model: nn.Module, stack: ExitStack) -> nn.Module:
+    """The plain model, all of its forward and backward compiled."""
+    model.compile()
+    return model
+
+
+def distilled(build: Build, own: bool) -> Build:
+    """With the logits of a teacher in full precision as targets: the student's own weights (own), or a second model."""
+
+    def made(model: nn.Module, stack: ExitStack) -> nn.Module:
+        from qatlas.train.loss import kl
+        from qatlas.train.teacher import full_precision
+
+        teacher = None if own else llama().eval().requires_grad_(False)
+        model = build(model, stack)
+
+        def loss(given: dict[str, torch.Tensor]) -> torch.Tensor:
+            with torch.no_grad():
+                if teacher is None:
+                    with full_precision(model):
+                        target = model(input_ids=given["input_ids"]).logits
+                else:
+                    target = teacher(input_ids=given["input_ids"]).logits
+            return kl(model(input_ids=given["input_ids"]).logits, target)
+
+        model.benchmark_loss = loss  # type: ignore[assignment]
+        return model
+
+    return made
 
 
 def torchao(inputs: bool, compile: bool) -> Build:
@@ -128,41 +170,59 @@ def plain(model: nn.Module, stack: ExitStack) -> nn.Module:
 
 
 CASES: dict[str, dict[str, Build]] = {
-    "w4": {"qatlas": ours("w4-g32", False), "qatlas, compiled": ours("w4-g32", True), "torchao": torchao(False, False),
-           "torchao, compiled": torchao(False, True), "modelopt": modelopt(False)},
-    "w4a8": {"qatlas": ours("w4a8-g32", False), "qatlas, compiled": ours("w4a8-g32", True), "torchao": torchao(True, False),
-             "torchao, compiled": torchao(True, True), "modelopt": modelopt(True), "brevitas": brevitas},
-    "w1.58a8": {"qatlas": ours("w1.58a8", False), "qatlas, compiled": ours("w1.58a8", True)},
+    "w4": {"qatlas": ours("w4-g32"), "qatlas, compiled": ours("w4-g32", "quant"), "qatlas, compiled, recompute": ours("w4-g32", "quant", "recompute"),
+           "torchao": torchao(False, False), "torchao, compiled": torchao(False, True), "modelopt": modelopt(False)},
+    "w4a8": {"qatlas": ours("w4a8-g32"), "qatlas, compiled": ours("w4a8-g32", "quant"),
+             "qatlas, compiled, recompute": ours("w4a8-g32", "quant", "recompute"),
+             "torchao": torchao(True, False), "torchao, compiled": torchao(True, True), "modelopt": modelopt(True), "brevitas": brevitas},
+    "w1.58a8": {"qatlas": ours("w1.58a8"), "qatlas, compiled": ours("w1.58a8", "quant")},
+    "whole": {"qatlas, w4": ours("w4-g32", "step"), "qatlas, w4a8": ours("w4a8-g32", "step")},
+    "micro": {"qatlas, w4, each": ours("w4-g32", "quant", "each"), "qatlas, w4, buffer": ours("w4-g32", "quant"),
+              "qatlas, w4, buffer, gathered": ours("w4-g32", "quant", gather=True)},
+    "distil": {"qatlas": ours("w1.58a8", "quant"), "qatlas, self-teacher": distilled(ours("w1.58a8", "quant"), True),
+               "qatlas, teacher": distilled(ours("w1.58a8", "quant"), False)},
 }
+BASES: dict[str, Build] = {"whole": stepped}                      # what "plain" is, where it is not the eager model
+MICROS = {"micro": 8}
 
 
 class Trainee:
     """A model and its optimizer; a step is forward, backward, AdamW."""
 
-    def __init__(self, build: Build, stack: ExitStack, model: nn.Module) -> None:
-        self.model = build(model, stack).train()
+    def __init__(self, build: Build, stack: ExitStack, model: nn.Module, micros: int = 1) -> None:
+        self.model, self.micros = build(model, stack).train(), micros
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
 
     def step(self, number: int) -> tuple[float, float]:
         """Seconds of the clock and of the processor."""
         given = batch(number)
+        parts = [{name: t.chunk(self.micros)[i] for name, t in given.items()} for i in range(self.micros)]
+        own, waits = getattr(self.model, "benchmark_loss", None), _waits() if self.micros > 1 else lambda *_: nullcontext()
         wall, cpu = time.perf_counter(), time.process_time()
-        self.model(**given).loss.backward()
+        for i, part in enumerate(parts):
+            with waits(self.model, i + 1 < self.micros):
+                (self.model(**part).loss if own is None else own(part)).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return time.perf_counter() - wall, time.process_time() - cpu
 
 
+def _waits() -> Callable[..., Any]:
+    from qatlas.layers.gathered import waits
+
+    return waits
+
+
 def batch(number: int) -> dict[str, torch.Tensor]:
     """The same tokens for all in a round."""
-    ids = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(number))
+    ids = torch.randint(VOCABULARY, (rows, LENGTH), generator=torch.Generator().manual_seed(number))
     return {"input_ids": ids, "labels": ids}
 
 
-def born(build: Build, stack: ExitStack, model: Callable[[], nn.Module]) -> tuple[Trainee, int]:
+def born(build: Build, stack: ExitStack, model: Callable[[], nn.Module], micros: int = 1) -> tuple[Trainee, int]:
     """A trainee after two steps, and the peak of its tensors in bytes."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
-        trainee = Trainee(build, stack, model())
+        trainee = Trainee(build, stack, model(), micros)
         for number in range(2):
             trainee.step(number)
     changes = sorted((e.start_ns(), e.nbytes()) for e in seen.profiler.kineto_results.events() if e.name() == "[memory]")
@@ -184,17 +244,21 @@ def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(ordered), *((ordered[k - 1], ordered[n - k]) if k else (-math.inf, math.inf))
 
 
-def measure(case: str, found: dict[str, Any], pairs: int, save: Callable[[], None], model: Callable[[], nn.Module] = llama) -> None:
-    """Rounds of one case until there are so many pairs; `found` is filled as they come."""
+def measure(case: str, found: dict[str, Any], pairs: int, save: Callable[[], None], model: Callable[[], nn.Module] = llama,
+            only: Sequence[str] = ()) -> None:
+    """Rounds of one case until there are so many pairs; `found` is filled as they come. only: these variants."""
     of = found.setdefault(case, {"rounds": [], "peak": {}, "absent": {}})
     if len(of["rounds"]) >= pairs:
         return
     with ExitStack() as stack:
         trainees = {}
-        for name, build in {"plain": plain, **CASES[case]}.items():
-            say(f"{case}: {name}")
+        for name, build in {"plain": BASES.get(case, plain), **CASES[case]}.items():
+            if only and name != "plain" and name not in only:
+                continue
+            began = time.perf_counter()
             try:
-                trainees[name], of["peak"][name] = born(build, stack, model)
+                trainees[name], of["peak"][name] = born(build, stack, model, MICROS.get(case, 1))
+                say(f"{case}: {name}, first two steps {time.perf_counter() - began:.0f} s")
                 of["absent"].pop(name, None)
                 save()
             except Exception as error:                            # a peer that is not there or does not run: its reason is its row
@@ -227,7 +291,8 @@ def table(of: dict[str, Any], clock: int) -> str:
 
 
 TITLES = {"w4": "Weights in 4 bits, groups of 32", "w4a8": "Weights in 4 bits, groups of 32; inputs in 8 bits, by token",
-          "w1.58a8": "Ternary weights, inputs in 8 bits by token"}
+          "w1.58a8": "Ternary weights, inputs in 8 bits by token", "whole": "The whole step compiled, plain's too",
+          "micro": "Eight micro-batches a step, plain's too", "distil": "Ternary weights, inputs in 8 bits by token, and a teacher's logits"}
 
 
 def section(state: dict[str, Any], clock: str) -> str:
@@ -257,7 +322,7 @@ def setting(threads: int, parameters: int) -> dict[str, Any]:
             versions[name] = "absent"
     malloc = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("MALLOC_", "LD_PRELOAD", "GLIBC_TUNABLES"))]
     cpu = next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    return {"parameters": parameters, "tokens": ROWS * LENGTH, "optimizer": "AdamW", "threads": threads, "cpu": cpu,
+    return {"parameters": parameters, "tokens": rows * LENGTH, "optimizer": "AdamW", "threads": threads, "cpu": cpu,
             "allocator": " ".join(malloc) or "the default malloc, untuned", "versions": versions}
 
 
@@ -274,11 +339,15 @@ def main(arguments: Sequence[str] | None = None, model: Callable[[], nn.Module] 
     parser.add_argument("--json", required=True, type=Path, help="what was measured; a run that was stopped goes on from it")
     parser.add_argument("--pairs", type=int, default=20, help="pairs of each variant")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="which cases to measure")
+    parser.add_argument("--variants", nargs="+", default=(), help="which variants of them; all, unless said")
+    parser.add_argument("--tokens", type=int, default=ROWS * LENGTH, help=f"tokens of a step, in rows of {LENGTH}")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a machine that others use, with one thread")
     parser.add_argument("--page", type=Path, help="the page that gets the section; without it the section is only printed")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
+    global rows
+    rows = given.tokens // LENGTH
     state = json.loads(given.json.read_text()) if given.json.exists() else None
     how = setting(given.threads, state["setting"]["parameters"] if state else sum(p.numel() for p in model().parameters()))
     state = state or {"setting": how, "cases": {}}
@@ -292,7 +361,7 @@ def main(arguments: Sequence[str] | None = None, model: Callable[[], nn.Module] 
         aside.replace(given.json)
 
     for case in given.cases:
-        measure(case, state["cases"], given.pairs, save, model)
+        measure(case, state["cases"], given.pairs, save, model, given.variants)
     state["pairs"] = given.pairs
     made = section(state, given.clock)
     if given.page:

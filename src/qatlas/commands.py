@@ -157,7 +157,7 @@ def compare(*paper: str, model: str = "zoo:gpt", data: str = "builtin:docs", tas
         batch: rows of an optimizer step.
         micro: rows of one forward.
         precision: no (fp32) or bf16.
-        compile: quant compiles the fake quantization.
+        compile: quant compiles the fake quantization, step the whole of forward and backward besides.
         threads: threads of torch; 0 leaves them as they are.
     """
     import torch

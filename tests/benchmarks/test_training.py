@@ -25,7 +25,7 @@ def bench(monkeypatch):
 
     for name, value in {"ROWS": 2, "LENGTH": 8, "VOCABULARY": 64}.items():
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(module, "CASES", {"w1.58a8": {"qatlas": module.ours("w1.58a8", False), "nobody": nobody}})
+    monkeypatch.setattr(module, "CASES", {"w1.58a8": {"qatlas": module.ours("w1.58a8"), "nobody": nobody}})
     return module
 
 

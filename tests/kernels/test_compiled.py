@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from parts import every
 from torch import nn
 
 from qatlas.core.error import QuantError
-from qatlas.core.grain import PerTensor
-from qatlas.core.grid import Uniform
-from qatlas.core.quantizer import Quant
-from qatlas.core.scale import AbsMax
+from qatlas.core.estimator import Estimator
+from qatlas.core.grain import Grain, PerChannel, PerTensor, PerToken
+from qatlas.core.grid import Grid, Uniform
+from qatlas.core.quantizer import Quant, Quantizer
+from qatlas.core.scale import AbsMax, Learned, MinMax, Scale
 from qatlas.core.scheme import scheme
 from qatlas.kernels.compiled import Compiled, check, compiled, sample
 from qatlas.layers.quantized import Quantized
@@ -81,14 +84,76 @@ def test_the_formula_without_the_compiler_is_the_eager_one(text, no_compiler):
         torch.testing.assert_close(found[name], grads[name], rtol=1e-6, atol=1e-7)
 
 
+PARTS = [Quant(grid, PerChannel(), AbsMax()) for grid in every(Grid)] + [Quant(Uniform(4), grain, Learned()) for grain in every(Grain) if
+         not isinstance(grain, PerToken)] + [Quant(Uniform(4), PerChannel(), scale) for scale in every(Scale)] \
+    + [Quant(Uniform(3), PerChannel(), Learned(), estimator) for estimator in every(Estimator)] \
+    + [Quant(Uniform(4, False), PerChannel(), Learned(start)) for start in (MinMax(), MinMax("offset"))] \
+    + [Quant(Uniform(4), PerChannel(), AbsMax(), refit=True), Quant(Uniform(4), PerChannel(), AbsMax(), clip=0.5)]
+
+
+@pytest.mark.parametrize("quant", PARTS, ids=str)
+def test_laws_1_and_10_of_every_part(quant, no_compiler):
+    """What stands in for the formula writes the same values into what is kept, and gives the same gradients; by listing. Under QATLAS_COMPILER the
+    compiler itself runs (minutes)."""
+    laws(quant)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif("QATLAS_COMPILER" not in os.environ, reason="minutes; set QATLAS_COMPILER")
+@pytest.mark.parametrize("quant", PARTS, ids=str)
+def test_laws_1_and_10_of_every_part_compiled(quant):
+    laws(quant)
+
+
+def laws(quant):
+    x, g = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(3))
+    x[0], x[1], x[2] = 0.0, 0.3, 1e-30
+    eager, other = (Quantizer(quant) if quant.scale.keeps == "nothing" else Quantizer(quant).initialise(x) for _ in range(2))
+    if quant.scale.nested is not None or quant.scale.offset_nested is not None:
+        return
+    other.formula = check(Compiled(quant), CPU)
+    into = torch.full_like(x, torch.nan)
+    assert other.known(x, None, into).value is into and torch.equal(into, other.quantize(x).dequantize()) and torch.equal(other.known(x).value, into)
+    found = []
+    for quantizer in (eager, other):
+        w = x.clone().requires_grad_()
+        y = quantizer(w)
+        y.backward(g)
+        found.append([y.detach(), w.grad, *(p.grad for p in quantizer.parameters())])
+    same = 2 if quant.scale.gradient != "statistic" else 1
+    assert all(torch.equal(a, b) for a, b in zip(found[0][:same], found[1][:same], strict=True))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(a.abs().max()))
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_gradient_and_sums_are_one_pass_and_memory_is_counted():
+    """The compiler's C++ has one loop over the rows of the weight; and a write into kept memory is seen by autograd."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    quant = scheme("w4-g32").weight
+    formula = Compiled(quant)
+    x = torch.randn(64, 32)
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        _, code = run_and_get_code(formula.pull, x, x, quant.measure(x), None, 1.0)
+    kernel = code[0][code[0].index("cpp_pybinding"):]
+    assert kernel[: kernel.index("async_compile.wait")].count("loadu(in_ptr0") <= 2           # whole vectors, and the rest of a row
+    y = torch.zeros_like(x)
+    formula.values(x, quant.measure(x), None, y)
+    assert y._version > 0
+
+
 def test_what_does_not_agree_is_refused(monkeypatch, no_compiler):
     quant = scheme("w4-g32").weight
     wrong = Compiled(quant)
-    wrong._values = lambda x, s, *rest: x.div(s).mul(1 + 1e-6).round().mul(s)      # a rounding too many, as a fused product and sum would be
+    wrong._values = lambda y, x, s, *rest: y.copy_(x.div(s).mul(1 + 1e-6).round().mul(s))  # a rounding too many, as a fused product and sum would be
     with pytest.raises(QuantError, match="other values than the eager one"):
         check(wrong, CPU)
     wrong = Compiled(quant)
-    wrong._pull = lambda g, *rest: (g, g.sum(-1, keepdim=True), None, None, None)
+    wrong._pull = lambda dx, g, *rest: [dx.copy_(g).sum(-1, keepdim=True), None, None, None]
     with pytest.raises(QuantError, match="gradients of .* differ"):
         check(wrong, CPU)
 

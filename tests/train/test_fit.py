@@ -171,10 +171,14 @@ def test_a_weight_is_quantized_once_a_step_and_no_write_is_missed(monkeypatch):
     assert runs[0][2] == runs[1][2] == 3 * len(layers)
 
 
-def test_a_compiled_run_is_the_eager_one(monkeypatch):
-    """Without the compiler itself, which takes seconds; tests/kernels has it."""
+@pytest.mark.parametrize("how", ["quant", "step"])
+@pytest.mark.parametrize("micro", [None, 1])
+def test_a_compiled_run_is_the_eager_one(monkeypatch, capsys, how, micro):
+    """Without the compiler itself, which takes seconds; tests/kernels and tests/layers/test_ahead.py have it. How long it took is said."""
     monkeypatch.setattr("qatlas.kernels.compiled._compile", lambda function: function)
+    monkeypatch.setattr("torch.compile", lambda function, **_: function)
     models = [quantized(llama(), "w4a8") for _ in range(2)]
-    histories = [fit(model, task(run=Run(compile=how, progress=False)), steps=3) for model, how in zip(models, ("no", "quant"), strict=True)]
+    histories = [fit(model, task(run=Run(compile=compile, micro=micro)), steps=3) for model, compile in zip(models, ("no", how), strict=True)]
+    assert capsys.readouterr().err.count("  compiled the ") == (1 if how == "quant" else 2)
     assert histories[1].loss == pytest.approx(histories[0].loss, rel=1e-6)
     assert not any(q.formula for model in models for q in model.modules() if isinstance(q, Quantizer))

@@ -52,8 +52,8 @@ class Centring(Quantizer):
     def forward(self, x: Tensor, shift: Tensor | None = None, known: Known | None = None) -> Tensor:
         return super().forward(x, self.centre(x, shift), known) if self.on else x
 
-    def known(self, x: Tensor, shift: Tensor | None = None) -> Known:
-        return super().known(x, self.centre(x, shift))
+    def known(self, x: Tensor, shift: Tensor | None = None, into: Tensor | None = None) -> Known:
+        return super().known(x, self.centre(x, shift), into)
 
     def quantize(self, x: Tensor, shift: Tensor | None = None) -> QTensor:
         return super().quantize(x, self.centre(x, shift))

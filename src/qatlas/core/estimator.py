@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from . import again
 from .gate import between, gate
 from .grid import Grid
 from .noun import Noun
@@ -85,8 +86,8 @@ class Formula(Protocol):
 
     quant: Quant
 
-    def values(self, x: Tensor, place: Place, shift: Tensor | None) -> Tensor:
-        """y of `forward`."""
+    def values(self, x: Tensor, place: Place, shift: Tensor | None, into: Tensor | None = None) -> Tensor:
+        """y of `forward`; written into memory of x's shape where that is given."""
 
     def pull(self, g: Tensor, x: Tensor, place: Place, shift: Tensor | None, strength: float) -> tuple[Tensor | None, ...]:
         """As `pull`."""
@@ -103,6 +104,7 @@ class Snap(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, s: Tensor, zero: Tensor | None, offset: Tensor | None, shift: Tensor | None,  # type: ignore[override]
                 known: Tensor | None, quant: Quant, strength: float, formula: Formula | None) -> Tensor:
         ctx.quant, ctx.strength, ctx.formula = quant, strength, formula
+        ctx.set_materialize_grads(False)
         ctx.blind = quant.estimator.blind and shift is None and not any(ctx.needs_input_grad[1:4])
         ctx.save_for_backward(*((x, s, zero, offset, shift) if not ctx.blind else () if quant.clip is None else (x,)))
         if known is not None:
@@ -111,7 +113,9 @@ class Snap(torch.autograd.Function):
         return values(x, place, shift, quant) if formula is None else formula.values(x, place, shift)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if g is None:                                             # it waits for others (layers/gathered.py)
+            return (None,) * 9
         if ctx.blind:
             return (g if ctx.quant.clip is None else inside(g, ctx.saved_tensors[0], ctx.quant), *(None,) * 8)
         x, s, zero, offset, shift = ctx.saved_tensors
@@ -136,13 +140,14 @@ def forward(x: Tensor, place: Place, shift: Tensor | None, quant: Quant) -> tupl
     return decode(v, settled), v, settled
 
 
-def values(x: Tensor, place: Place, shift: Tensor | None, quant: Quant) -> Tensor:
-    """y of `forward`, of a large x without its large temporaries."""
+def values(x: Tensor, place: Place, shift: Tensor | None, quant: Quant, into: Tensor | None = None) -> Tensor:
+    """y of `forward`, of a large x without its large temporaries; written into memory of x's shape where that is given."""
     if not (_apart(quant) and divides(x, *place, shift)):
-        return forward(x, place, shift, quant)[0]
-    y = in_portions(lambda x, s, zero, offset, shift: forward(x, Place(s, zero, offset), shift, quant)[:1], x, *place, shift)[0]
-    assert y is not None
-    return y
+        y = forward(x, place, shift, quant)[0]
+        return y if into is None else into.copy_(y)
+    into = torch.empty_like(x, memory_format=torch.contiguous_format) if into is None else into
+    in_portions(lambda x, s, zero, offset, shift: forward(x, Place(s, zero, offset), shift, quant)[:1], x, *place, shift, into=into)
+    return into
 
 
 def _apart(quant: Quant) -> bool:
@@ -177,6 +182,11 @@ def refit(x: Tensor, v: Tensor, place: Place) -> Tensor:
     return torch.where(length > 0, (x * v).sum(-1, keepdim=True) / length.clamp(min=torch.finfo(v.dtype).tiny), place.s)
 
 
+def passing(quant: Quant) -> bool:
+    """Whether x is told the gradient as it arrives."""
+    return quant.estimator.blind and quant.clip is None
+
+
 def inside(dx: Tensor, x: Tensor, quant: Quant) -> Tensor:
     """The gradient of x, 0 at the clip and beyond."""
     return dx if quant.clip is None else between(dx, x, -quant.clip, quant.clip)
@@ -204,4 +214,9 @@ def pulled(g: Tensor, x: Tensor, place: Place, shift: Tensor | None, quant: Quan
     """`pull`, of a large x without its large temporaries."""
     if not (_apart(quant) and divides(x, g, *place, shift)):
         return pull(g, x, place, shift, quant, strength)
-    return in_portions(lambda g, x, s, zero, offset, shift: pull(g, x, Place(s, zero, offset), shift, quant, strength), g, x, *place, shift)
+    def part(g: Tensor, x: Tensor, s: Tensor, zero: Tensor | None, offset: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, ...]:
+        dx, *rest = pull(g, x, Place(s, zero, offset), shift, quant, strength)
+        return None if passing(quant) else dx, *rest
+
+    dx, *rest = in_portions(part, g, x, *place, shift, into=None if passing(quant) else again.empty(x))
+    return g if passing(quant) else dx, *rest

@@ -133,8 +133,9 @@ class Partly(Quantizer):
         return torch.lerp(x, y, self.blend) if self.training and self.blend < 1 else y
 
     @torch.no_grad()
-    def known(self, x: Tensor, shift: Tensor | None = None) -> Known:
-        return Known(self.forward(x, shift), Place(self.step(x)))
+    def known(self, x: Tensor, shift: Tensor | None = None, into: Tensor | None = None) -> Known:
+        y = self.forward(x, shift)
+        return Known(y if into is None else into.copy_(y), Place(self.step(x)))
 
     @torch.no_grad()
     def quantize(self, x: Tensor, shift: Tensor | None = None) -> Any:

@@ -21,8 +21,8 @@ def divides(x: Tensor, *others: Tensor | None) -> bool:
     return large and not torch.compiler.is_compiling() and all(t.shape[:-1] == x.shape[:-1] for t in others if t is not None)
 
 
-def in_portions(f: Callable[..., Sequence[Tensor | None]], *tensors: Tensor | None) -> list[Tensor | None]:
-    """f(*tensors), each (..., m) of the same rows, portion by portion; what f returns has those rows, too."""
+def in_portions(f: Callable[..., Sequence[Tensor | None]], *tensors: Tensor | None, into: Tensor | None = None) -> list[Tensor | None]:
+    """f(*tensors), each (..., m) of the same rows, portion by portion; what f returns has those rows, too. into: memory for the first answer."""
     flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in tensors]
     first = next(t for t in flat if t is not None)
     shape = next(t.shape[:-1] for t in tensors if t is not None)
@@ -30,7 +30,8 @@ def in_portions(f: Callable[..., Sequence[Tensor | None]], *tensors: Tensor | No
     answers: list[Tensor | None] = []
     for start in range(0, len(first), rows):
         part = f(*(None if t is None else t[start : start + rows] for t in flat))
-        answers = answers or [None if a is None else a.new_empty(len(first), a.shape[-1]) for a in part]
+        answers = answers or [None if a is None else a.new_empty(len(first), a.shape[-1]) if i or into is None else into.view(len(first), -1)
+                              for i, a in enumerate(part)]
         for whole, a in zip(answers, part, strict=True):
             if whole is not None and a is not None:
                 whole[start : start + rows] = a

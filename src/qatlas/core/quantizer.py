@@ -233,14 +233,17 @@ class Quantizer(nn.Module):
         return y
 
     @torch.no_grad()
-    def known(self, x: Tensor, shift: Tensor | None = None) -> Known:
-        """The values of x and their place, for later forwards of the same x."""
+    def known(self, x: Tensor, shift: Tensor | None = None, into: Tensor | None = None) -> Known:
+        """The values of x and their place, for later forwards of the same x. into: memory like x, in which the values then lie."""
         view = self.quant.grain.view(working(x))
         place = self.place(view)
         shift = None if shift is None else self.quant.grain.view(shift)
+        there = None if into is None or into.dtype != view.dtype else self.quant.grain.view(into)
+        there = there if there is not None and there.data_ptr() == into.data_ptr() and there.is_contiguous() else None  # type: ignore[union-attr]
         formula = self._runs()
-        y = values(view, place, shift, self.computes) if formula is None else formula.values(view, place, shift)
-        return Known(self.quant.grain.back(y, x.shape).to(x.dtype), place)
+        y = values(view, place, shift, self.computes, there) if formula is None else formula.values(view, place, shift, there)
+        y = self.quant.grain.back(y, x.shape).to(x.dtype)
+        return Known(y if into is None else into if there is not None else into.copy_(y), place)
 
     @torch.no_grad()
     def quantize(self, x: Tensor, shift: Tensor | None = None) -> QTensor:
@@ -262,7 +265,9 @@ class Quantizer(nn.Module):
         return alone and deaf and not x.is_leaf and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def _runs(self) -> Formula | None:
-        return self.formula if self.formula is not None and self.formula.quant == self.computes else None
+        if self.formula is None or torch.compiler.is_compiling():  # a compiler that has the whole model takes the lines themselves
+            return None
+        return self.formula if self.formula.quant == self.computes else None
 
     def _hold(self, place: Place) -> Quantizer:
         learn = self.quant.scale.keeps == "parameter"

@@ -23,42 +23,56 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..core import again
 from ..core.error import QuantError
-from ..core.estimator import forward, pull
+from ..core.estimator import forward, passing, pull, values
 from ..core.quantizer import Quant, Quantizer
 from ..core.scale import Place
+
+MANY = 64                                                         # the compiler uses several threads where the first call has work for them
 
 
 class Compiled:
     """The formula of one Quant, compiled: what core.estimator.Formula asks for."""
 
     def __init__(self, quant: Quant) -> None:
-        self.quant = quant
+        self.quant, self.fresh = quant, True
 
-        def values(x: Tensor, s: Tensor, zero: Tensor | None, offset: Tensor | None, shift: Tensor | None) -> Tensor:
-            return forward(x, Place(s, zero, offset), shift, quant)[0]
+        def values(y: Tensor, x: Tensor, s: Tensor, zero: Tensor | None, offset: Tensor | None, shift: Tensor | None) -> None:
+            y.copy_(forward(x, Place(s, zero, offset), shift, quant)[0])
 
-        def pulled(g: Tensor, x: Tensor, s: Tensor, zero: Tensor | None, offset: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, ...]:
-            return pull(g, x, Place(s, zero, offset), shift, quant, 1.0)
+        def pulled(dx: Tensor | None, g: Tensor, x: Tensor, s: Tensor, zero: Tensor | None, offset: Tensor | None,
+                   shift: Tensor | None) -> list[Tensor | None]:
+            own, *rest = pull(g, x, Place(s, zero, offset), shift, quant, 1.0)
+            if dx is not None and own is not None:
+                dx.copy_(own)
+            return rest
 
         self._values, self._pull = _compile(values), _compile(pulled)
 
-    def values(self, x: Tensor, place: Place, shift: Tensor | None) -> Tensor:
-        """y of (..., n)."""
+    @torch.no_grad()
+    def values(self, x: Tensor, place: Place, shift: Tensor | None, into: Tensor | None = None) -> Tensor:
+        """y of (..., n), in memory that is given, or new."""
         if self.quant.refit:
-            return forward(x, place, shift, self.quant)[0]
-        return self._values(*_plain(x, *place, shift))
+            return values(x, place, shift, self.quant, into)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format) if into is None else into
+        self._values(*_rows(y, x, *place, shift, sizes=self.fresh))
+        return y
 
+    @torch.no_grad()
     def pull(self, g: Tensor, x: Tensor, place: Place, shift: Tensor | None, strength: float) -> tuple[Tensor | None, ...]:
         """The gradients of (x, s, zero, offset, shift). The strength is a number of each shape, which the compiler need not see."""
-        dx, *sums, dshift = self._pull(*_plain(g, x, *place, shift))
-        return dx, *(None if t is None else t * strength for t in sums), dshift
+        dx = None if passing(self.quant) else again.empty(x)
+        *sums, dshift = self._pull(*_rows(dx, g, x, *place, shift, sizes=self.fresh))
+        sums = [None if t is None else (t * strength).view(*x.shape[:-1], 1) for t in sums]
+        return g if dx is None else dx, *sums, None if dshift is None else dshift.view(x.shape)
 
 
 @contextmanager
@@ -93,7 +107,7 @@ def check(formula: Compiled, device: torch.device) -> Compiled:
         QuantError: see `compiled`.
     """
     quant = formula.quant
-    view, g = sample(quant, device), torch.linspace(-1, 1, 64 * 6, device=device).reshape(6, 64)
+    view, g = sample(quant, device).repeat(MANY, 1), torch.linspace(-1, 1, 64 * 6, device=device).reshape(6, 64).repeat(MANY, 1)
     place = quant.measure(view)
     y = forward(view, place, None, quant)[0]
     hears = not quant.estimator.blind or quant.scale.keeps == "parameter"        # else backward is the incoming gradient; compiled if ever asked for
@@ -109,6 +123,7 @@ def check(formula: Compiled, device: torch.device) -> Compiled:
         if eager is not None and not torch.allclose(ours, eager, rtol=1e-5, atol=1e-5 * float(eager.abs().max())):  # type: ignore[arg-type]
             raise QuantError(f"the compiled gradients of {quant} differ from the eager ones by {float((ours - eager).abs().max()):.3g} "  # type: ignore
                              f"on {device.type}. Leave compile out")
+    formula.fresh = False
     return formula
 
 
@@ -121,13 +136,36 @@ def sample(quant: Quant, device: torch.device) -> Tensor:
     return x.to(device)
 
 
+@lru_cache(1)
+def _early() -> Any:
+    """A pass of the compiler that writes an answer into its memory as soon as it is known. It makes one loop of two neighbours, of an elementwise one
+    and then a sum, not of a sum and what follows; and it puts writes last, so that gradient and sums would be two passes over the weight."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Early(CustomGraphPass):
+        def __call__(self, graph: Any) -> None:
+            for node in list(graph.nodes):
+                if node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder" and node.args[1].op == "call_function":
+                    node.args[1].append(node)
+
+        def uuid(self) -> str:
+            return f"qatlas.early.2, {torch.get_num_threads()} threads"          # a key of the compiler's cache, which forgets the threads
+
+    return Early()
+
+
 def _compile(function: Any) -> Any:
     """For any sizes, in one graph. Each gets a code object of its own: the compiler counts recompilations by code object, and what one Quant needed
     must not stand in the way of the next."""
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__)
-    return torch.compile(own, dynamic=True, fullgraph=True)
+    return torch.compile(own, fullgraph=True, options={"post_grad_custom_post_pass": _early()})
 
 
-def _plain(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Without graph or class: one compilation serves parameters, activations and kept weights."""
-    return [None if t is None else t.detach() for t in tensors]
+def _rows(*tensors: Tensor | None, sizes: bool = False) -> list[Tensor | None]:
+    """As rows, without graph or class: one compilation serves parameters, activations and kept weights. sizes: tell the compiler, at its first call,
+    that they may be any; numbers that belong to the Quant stay constants."""
+    rows = [None if t is None else t.detach().reshape(-1, t.shape[-1]) for t in tensors]
+    for t in rows:
+        for axis in range(2 if sizes and t is not None else 0):
+            torch._dynamo.maybe_mark_dynamic(t, axis) if t.shape[axis] > 1 else None  # type: ignore[union-attr]
+    return rows

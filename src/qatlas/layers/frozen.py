@@ -192,9 +192,9 @@ class PlacesQuantizer(Quantizer):
         view = self.quant.grain.view(moved)
         return self.quant.grain.back(view * self.quant.scale.cast(self.place(view).s), moved.shape)
 
-    def known(self, x: Tensor, shift: Tensor | None = None) -> Known:
+    def known(self, x: Tensor, shift: Tensor | None = None, into: Tensor | None = None) -> Known:
         moved = self.moved(x, shift)
-        return super().known(_nought(moved), moved)
+        return super().known(_nought(moved), moved, into)
 
     def quantize(self, x: Tensor, shift: Tensor | None = None) -> QTensor:
         moved = self.moved(x, shift)

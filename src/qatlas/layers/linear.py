@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..core import again
 from .packed import PackedLinear
 from .quantized import Quantized
 
 
+@torch.no_grad()
 def pulled(layer: Any, g: Tensor, x: Tensor, w: Tensor, wanted: bool) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Of y = x w^T + b: dx = g w, dw = g^T x, db = sum g."""
     rows, seen = g.flatten(0, -2), x.flatten(0, -2)               # (n, out), (n, in)
-    return (rows @ w).unflatten(0, x.shape[:-1]) if wanted else None, rows.T @ seen, None if layer.bias is None else rows.sum(0)
+    dw = torch.mm(rows.T, seen, out=again.empty(w, moment=True))
+    return (rows @ w).unflatten(0, x.shape[:-1]) if wanted else None, dw, None if layer.bias is None else rows.sum(0)
 
 
 class QLinear(Quantized, nn.Linear):

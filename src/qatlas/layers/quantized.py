@@ -107,6 +107,9 @@ class Quantized(Layer):
     weight_quantizer: Quantizer | RowsQuantizer | None
     _known: Known | None
     _stamp: tuple | None
+    meet: Any = None                                              # what a kept value passes on its way into the product (gathered.py)
+    waiting: Any = None
+    ahead: bool = False                                           # whether what is kept is refreshed before a graph runs (ahead.py)
 
     @classmethod
     def of(cls, module: nn.Module, slots: Slots, peak: Tensor | None = None) -> Any:
@@ -173,18 +176,34 @@ class Quantized(Layer):
         return w if self.transform is None else self.transform.of_weight(w)
 
     def computed(self) -> Tensor:
-        w = self.source()
-        if self.weight_quantizer is not None:
-            shift = None if self.adapter is None else self.adapter.shift(w)
-            follows = any(True for _ in self.weight_quantizer.buffers())      # a moving scale moves in every forward: nothing to keep
-            known = self._keep(w, shift) if self.keep == "buffer" and self.weight_quantizer.on and not follows else None
-            w = self.weight_quantizer(w, shift, known)
+        w = self.source() if self.weight_quantizer is None else self.quantized()
         return w if self.adapter is None else self.adapter.after(w)
+
+    def quantized(self) -> Tensor:
+        """The weight as its quantizer gives it, fresh or kept."""
+        w = self.source()
+        assert self.weight_quantizer is not None
+        shift = None if self.adapter is None else self.adapter.shift(w)
+        follows = any(True for _ in self.weight_quantizer.buffers())          # a moving scale moves in every forward: nothing to keep
+        known = None
+        if self.keep == "buffer" and self.weight_quantizer.on and not follows:
+            if not torch.compiler.is_compiling():
+                known = self._keep(w, shift)
+            elif self.ahead:                                      # a graph cannot ask whether something was written: ahead.py asks before it runs
+                known = self._known
+        w = self.weight_quantizer(w, shift, known)
+        return w if known is None or self.meet is None or torch.compiler.is_compiling() else self.meet(w)
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Quantize what is kept, where it was written since."""
+        if self.keep == "buffer" and self.weight_quantizer is not None and self.weight_quantizer.on:
+            self.quantized()
 
     def multiply(self, q: Tensor) -> Tensor:
         numbers = () if self.weight_quantizer is None else self.weight_quantizer.modules()
         moving = any(isinstance(q, Quantizer) and q.quant.scale.keeps == "buffer" for q in numbers)
-        if self.keep == "recompute" and torch.is_grad_enabled() and not moving:
+        if self.keep == "recompute" and torch.is_grad_enabled() and not moving and not torch.compiler.is_compiling():
             return product(self, q)
         return self.product(q, typed(self.computed(), q))         # a model in bf16 computes in bf16, from fp32 masters
 
@@ -268,10 +287,10 @@ class Quantized(Layer):
         quants = tuple(q.quant for q in self.weight_quantizer.modules() if isinstance(q, Quantizer))        # bits may be switched
         stamp = (quants, *((id(part), part._version, part.device, part.dtype) for part in parts))
         if self._stamp != stamp or self._known is None:
-            fresh, old = self.weight_quantizer.known(w.detach(), shift), None if self._known is None else self._known.value
-            if old is not None and (old.shape, old.device, old.dtype) == (fresh.value.shape, fresh.value.device, fresh.value.dtype):
-                fresh = fresh._replace(value=old.copy_(fresh.value))
-            self._known, self._stamp = fresh, stamp
+            old = None if self._known is None else self._known.value
+            fits = old is not None and (old.shape, old.device, old.dtype) == (w.shape, w.device, w.dtype)
+            self._stamp = None                                    # what is half written belongs to nobody
+            self._known, self._stamp = self.weight_quantizer.known(w.detach(), shift, old if fits else None), stamp
         return self._known
 
     def bias_in(self, x: Tensor) -> Tensor | None:

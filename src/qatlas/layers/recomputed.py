@@ -24,13 +24,13 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, layer: Quantized, x: Tensor, *sources: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.layer = layer
+        ctx.layer, ctx.sources = layer, sources                  # what checkpointing gives back as saved is a copy off the graph
         ctx.save_for_backward(x, *sources)
         return layer.product(x, typed(layer.computed(), x))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, *sources = ctx.saved_tensors                           # raises where one was written since
+        x, sources = ctx.saved_tensors[0], ctx.sources            # raises where one was written since
         layer: Quantized = ctx.layer
         if torch.is_grad_enabled():                               # a second derivative: autograd's own way, which keeps what it needs
             asked = [t for t, needed in zip((x, *sources), ctx.needs_input_grad[1:], strict=True) if needed]

@@ -80,11 +80,12 @@ class RowsQuantizer(nn.Module):
                           for (part, rows, move, value), place in zip(self._cut(x, shift, values), places, strict=True)])
 
     @torch.no_grad()
-    def known(self, x: Tensor, shift: Tensor | None = None) -> Known:
+    def known(self, x: Tensor, shift: Tensor | None = None, into: Tensor | None = None) -> Known:
         """As Quantizer.known; the place is that of each part."""
-        each = [part.known(rows, move) if isinstance(part, Quantizer) else Known(rows, None)  # type: ignore[arg-type]
-                for part, rows, move in self._cut(x, shift)]
-        return Known(torch.cat([one.value for one in each]), tuple(one.place for one in each))  # type: ignore[arg-type]
+        into = torch.empty_like(x) if into is None else into
+        each = [part.known(rows, move, there) if isinstance(part, Quantizer) else Known(there.copy_(rows), None)  # type: ignore[arg-type]
+                for part, rows, move, there in self._cut(x, shift, into)]
+        return Known(into, tuple(one.place for one in each))  # type: ignore[arg-type]
 
     @torch.no_grad()
     def hard(self, x: Tensor, shift: Tensor | None = None) -> Tensor:

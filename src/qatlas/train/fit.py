@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -26,13 +26,15 @@ from torch import nn
 
 from ..core.error import RunError
 from ..kernels.compiled import compiled
+from ..layers.ahead import traced
+from ..layers.gathered import gathering, waits
 from ..layers.quantized import kept
 from .optim import AdamW, Optimizer, only, set_rates, trained
 from .plan import TRIED, Cost, cost
 from .point import point_of
 from .ranks import asked, shared, unsynced, whole
 from .resume import Phase, Point, described, fingerprint, load_optimizer, load_random, load_state, random_state
-from .run import Run, agreed, bar, check_precision
+from .run import Run, agreed, bar, check_precision, said
 from .schedule import constant
 from .tactic import History, Loop, Loss, Pass, Tactic
 from .task import Batch, Task, moved
@@ -70,8 +72,8 @@ def fit(model: nn.Module, task: Task, *, train: str | Sequence[str] = "*", optim
         set_seed(hash((run.seed, phase.number, accelerator.process_index)) % 2**32)
         _begin(loop, train, tactics, point)
         if point is None or not point.finished:
-            quick = compiled(model) if run.compile == "quant" else nullcontext()
-            with quick, kept(model, not asked(accelerator)), shared(accelerator, model, tactics) as wrapped:
+            gathers = run.compile == "quant" and accelerator.num_processes == 1
+            with _quick(model, run), kept(model, not asked(accelerator)), gathering(model, gathers), shared(accelerator, model, tactics) as wrapped:
                 _equip(loop, train, optimizer, point)
                 _steps(loop, wrapped, run, phase, schedule, objective, tactics, clip)
             phase.write(point_of(loop, tactics, finished=True)) if accelerator.is_main_process else None
@@ -84,6 +86,18 @@ def fit(model: nn.Module, task: Task, *, train: str | Sequence[str] = "*", optim
     model.eval()
     run.histories.append(loop.history)
     return loop.history
+
+
+@contextmanager
+def _quick(model: nn.Module, run: Run) -> Iterator[None]:
+    """Compiled as far as the run says, and how long it took."""
+    with ExitStack() as stack:
+        began = time.perf_counter()
+        if run.compile != "no":
+            stack.enter_context(compiled(model))
+            said(run, f"compiled the fake quantization in {time.perf_counter() - began:.1f} s")
+        stack.enter_context(traced(model)) if run.compile == "step" else None
+        yield
 
 
 def _try(model: nn.Module, task: Task, costs: list[Cost], *, steps: int, **arguments: Any) -> History:
@@ -140,6 +154,7 @@ def _steps(loop: Loop, wrapped: nn.Module, run: Run, phase: Phase, schedule: Cal
     loop.model.train()
     if run.tensorboard:
         _curves(accelerator)
+    first = loop.step
     with bar(loop.task.title, loop.steps, run.progress and accelerator.is_main_process, loop.step) as advance:
         for step in range(loop.step, loop.steps):
             loop.step, began = step, time.perf_counter()
@@ -151,6 +166,8 @@ def _steps(loop: Loop, wrapped: nn.Module, run: Run, phase: Phase, schedule: Cal
             if run.tensorboard:
                 accelerator.log({"loss": value, "lr": rate, "grad_norm": norm}, step=step)
             advance(f"loss {value:.4g}")
+            if run.compile == "step" and step == first:
+                said(run, f"compiled the step in {time.perf_counter() - began:.1f} s, its first run among them")
             loop.step = step + 1
             if agreed(accelerator, phase.due(step + 1)) and step + 1 < loop.steps:
                 point = point_of(loop, tactics)
@@ -204,7 +221,7 @@ def _backward(loop: Loop, wrapped: nn.Module, run: Run, objective: Loss, tactics
         first = mine.start + turn * size
         ours = slice(first, min(first + size, mine.stop)) if first < mine.stop else slice(mine.stop - 1, mine.stop)
         part: Batch = {name: value[ours] for name, value in loop.batch.items()}
-        with unsynced(accelerator, wrapped, turn + 1 < turns):
+        with unsynced(accelerator, wrapped, turn + 1 < turns), waits(loop.model, turn + 1 < turns):
             with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
                 value = objective(wrapped, part)
                 for tactic in tactics:

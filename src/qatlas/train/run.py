@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LEFT = ("state", "record.json", "model*.safetensors", "config.json", "tokenizer.json", "report.html", "exports")     # a run, or another model
 PRECISIONS = ("no", "bf16")
-COMPILES = ("no", "quant")
+COMPILES = ("no", "quant", "step")
 
 
 class Run:
@@ -37,7 +37,9 @@ class Run:
     seed: of batches, dropout and all else that is drawn.
     resume: go on from out/state.
     precision: "no" computes in fp32; "bf16" multiplies in bfloat16 (autocast), masters and moments stay fp32.
-    compile: "quant" compiles the fake quantization and nothing else (kernels/compiled.py): the values are those of "no", bit for bit, in less time.
+    compile: "quant" compiles the fake quantization and nothing else (kernels/compiled.py): the values are those of "no", bit for bit, in less time;
+    and a weight hears its micro-batches' gradients at once (layers/gathered.py): sums of a scale's gradient differ in their last bits. "step"
+    compiles the whole of forward and backward besides (layers/ahead.py): minutes before the first step, and sums in the compiler's order.
     micro: rows of one forward on one device; None takes a rank's whole share of the batch. Smaller needs less memory; the
     loss is the same but for what is measured in each forward (a fresh scale of a whole tensor) and for imitation in Chat, whose terms count rows.
     save_every: steps between resume points; None writes one every `save_seconds`.
@@ -130,6 +132,13 @@ def _lines(title: str, total: int, done: int) -> Callable[[str], None]:
             sys.stderr.write(f"  {title}: {step} of {total}{', ' * bool(text)}{text}, {left:,.0f} s left\n")
             sys.stderr.flush()
     return advance
+
+
+def said(run: Run, text: str) -> None:
+    """A line beside the bar, where there is one."""
+    if run.progress:
+        sys.stderr.write(f"  {text}\n")
+        sys.stderr.flush()
 
 
 def check_precision(precision: str, device: torch.device) -> None:

@@ -127,8 +127,11 @@ class Fused:
         self._grid = (grid.low, grid.high, getattr(grid, "threshold", 0.0), 0.0 if quant.clip is None else quant.clip)
         self._kind, self._gate, self._inside = KINDS[type(grid)], gate(grid, quant.estimator), within(grid, quant.scale.margin)
 
-    def values(self, x: Tensor, place: Place, shift: Tensor | None) -> Tensor:
-        """y of (..., n)."""
+    def values(self, x: Tensor, place: Place, shift: Tensor | None, into: Tensor | None = None) -> Tensor:
+        """y of (..., n); copied into memory of x's shape where that is given."""
+        return self._values(x, place, shift) if into is None else into.copy_(self._values(x, place, shift))
+
+    def _values(self, x: Tensor, place: Place, shift: Tensor | None) -> Tensor:
         if not self._takes(x, place, shift):
             return forward(x, place, shift, self.quant)[0]
         flat, arguments, constants, grid = self._laid(x, place)
