@@ -104,6 +104,15 @@ class PackedStack(Packed):
     def product(self, x: Tensor, w: Tensor) -> Tensor:
         return _products(x, w, self.experts, self._sizes)
 
+    def multiply(self, q: Tensor) -> Tensor:
+        rows = self.store.shape[0] // self.experts
+        each = torch.is_grad_enabled() or torch.compiler.is_compiling() or self.store.rows(slice(0, rows)) is None
+        if each:
+            return super().multiply(q)
+        parts = [F.linear(part, self.store.rows(slice(i * rows, (i + 1) * rows)).dequantize().to(q.dtype))      # experts with tokens, no others
+                 for i, part in enumerate(q.split(self._sizes)) if part.shape[0]]
+        return torch.cat(parts) if parts else q.new_zeros(0, rows)
+
 
 class Experts(nn.Module):
     """What transformers' stacked experts compute, from two Stacks."""
