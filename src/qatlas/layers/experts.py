@@ -99,7 +99,10 @@ class PackedStack(Packed):
 
     def forward(self, x: Tensor, sizes: list[int]) -> Tensor:  # type: ignore[override]
         self._sizes = sizes
-        return super().forward(x)
+        if self.kernel is None or self.transform is not None or not self.kernel.serves(x):
+            return super().forward(x)
+        y = self.kernel(x, None, sizes)
+        return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def product(self, x: Tensor, w: Tensor) -> Tensor:
         return _products(x, w, self.experts, self._sizes)

@@ -1,9 +1,9 @@
 """Packed layers: codes as buffers, scales as parameters, no master. What is saved, loaded and served.
 
-A packed layer holds a Store (store.py). It dequantizes and multiplies: correct before fast, bit for bit what the trained layer computes. Whoever wants
-it fast says so (model/fast.py). Where there is a graph it is dequantized once more in the backward, so that nothing of a weight's size waits for it:
-training steps on a packed model needs memory for codes and activations. Its `to_meta` says in JSON all that its tensors do not, and `from_meta`
-builds the same layer empty, to be filled by load_state_dict.
+A packed layer holds a Store (store.py). It dequantizes and multiplies: correct before fast, bit for bit what the trained layer computes. Whoever
+wants it fast says so (kernel.py, model/fast.py). Where there is a graph it is dequantized once more in the backward, so that nothing of a weight's
+size waits for it: training steps on a packed model needs memory for codes and activations. Its `to_meta` says in JSON all that its tensors do not,
+and `from_meta` builds the same layer empty, to be filled by load_state_dict.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core.noun import from_json
 from ..core.qtensor import Masked, QTensor
 from ..core.quantizer import Quantizer
+from .kernel import Kernel
 from .quantized import Layer, Quantized, Slots
 from .store import MaskedStore, Store, stored
 
@@ -26,6 +27,7 @@ class Packed(Layer):
     """What all packed layers share; subclasses give `product` and `conf`, the plain attributes that the product needs."""
 
     conf: tuple[str, ...] = ()
+    kernel: Kernel | None = None                                  # set by model/fast.py
     answer: torch.dtype | None = None                             # the type in which a layer without a floating input answers; None is fp32
 
     @classmethod
@@ -145,6 +147,14 @@ def blank_quantizer(quant: dict[str, Any], slot: str, meta: dict[str, Any]) -> Q
 
 class PackedLinear(Packed):
     """(..., in) -> (..., out) from packed codes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kernel is None or not self.kernel.serves(x):
+            return super().forward(x)
+        x = x if self.norm is None else self.norm(x)
+        x = x if self.transform is None else self.transform.of_input(x).to(x.dtype)
+        y = self.kernel(x, self.bias)
+        return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def product(self, x: Tensor, w: Tensor) -> Tensor:
         return F.linear(x, w.to(x.dtype), self.bias)

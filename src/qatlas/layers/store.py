@@ -95,6 +95,13 @@ class Store(nn.Module):
         return QTensor(codes, scale, zero, offset, self.grid, self.grain, self.scale_dtype)
 
     @torch.no_grad()
+    def places(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Steps, zeros and offsets as plain fp32 tensors; the steps are the scale itself where it lies so."""
+        whole, held = self._around(self.codes), self.scale
+        same = isinstance(held, nn.Parameter) and held.dtype == torch.float32 and torch.equal(held, whole.steps)
+        return held.detach() if same else whole.steps, whole.zero, whole.offsets  # type: ignore[operator]
+
+    @torch.no_grad()
     def values(self, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor itself, made block by block; dtype: None is that of the scale."""
         few = max(BLOCK // max(math.prod(self.shape[1:]), 1) // self.grain.tall, 1) * self.grain.tall

@@ -30,7 +30,7 @@ from ..layers.quantized import Layer, Quantized
 from ..layers.store import Store
 
 METHOD, VERSION = "qatlas", 1
-KINDS = {"F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}        # of scales
+KINDS = {"F16": torch.float16, "BF16": torch.bfloat16}           # of scales
 SHOWN = 4                                                         # names of one kind that an error lists
 
 
