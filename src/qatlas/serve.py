@@ -45,8 +45,8 @@ def bench(directory: str, ways: str = "fp32,bf16,exact,fast,llama.cpp", prompt: 
     """Measure how fast a saved packed language model runs here, beside itself in other forms.
 
     fp32 and bf16 are its weights dequantized; exact is the packed model as it is, which dequantizes in each forward; fast multiplies straight from
-    the codes; llama.cpp runs its GGUF, where one holds the model exactly (train with --target gguf:q4_0, say). Each is a process of its own, they measure
-    in turn, and medians are told. "limit" is the most tokens a second that memory allows, since each token reads every weight once.
+    the codes; llama.cpp runs its GGUF, where one holds the model exactly (train with --target gguf:q4_0, say). Each is a process of its own, they
+    measure in turn, and medians are told. "limit" is the most tokens a second that memory allows, since each token reads every weight once.
 
         qatlas bench DIR                                     all that is here, one table
         qatlas bench DIR --ways exact,fast --threads 2       these alone

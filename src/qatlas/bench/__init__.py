@@ -6,8 +6,8 @@
     llama.cpp      its GGUF, where one holds the model exactly and xllamacpp is installed; llama.cpp's own clock
 
 Each is a process of its own, and all stand side by side: round after round each measures once, in an order that rotates, so whatever slows the
-machine slows all. Told are medians. A contender that is absent or fails stands in the table with its reason. The limit of decoding is what memory allows: a
-token reads every weight once; the speed of memory is measured here, by adding up what no cache holds.
+machine slows all. Told are medians. A contender that is absent or fails stands in the table with its reason. The limit of decoding is what memory
+allows: a token reads every weight once; the speed of memory is measured here, by adding up what no cache holds.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ def _begun(one: Contender, directory: Path, threads: int, aside: Path) -> Any:
     """A live process, or the request by which llama.cpp is asked; None where it is absent."""
     if one.name == ENGINE:
         try:
-            path, one.absent = _gguf(directory, aside), ""
+            path, target = _gguf(directory, aside)
+            one.routes = [target]
             one.file = one.bytes = path.stat().st_size
             return path, threads
         except (QatlasError, OSError) as error:
@@ -164,8 +165,8 @@ def _round(one: Contender, live: Any, request: dict[str, Any], counts: bool) -> 
         one.rounds.extend([(answer["prefill"], answer["decode"])] if counts else [])
 
 
-def _gguf(directory: Path, aside: Path) -> Path:
-    """The model as a GGUF file that holds it exactly."""
+def _gguf(directory: Path, aside: Path) -> tuple[Path, str]:
+    """The model as a GGUF file that holds it exactly, and its target."""
     if not llamacpp.available():
         raise RunError('not installed: pip install "qatlas[llamacpp]"')
     model, _ = load(directory)
@@ -177,4 +178,4 @@ def _gguf(directory: Path, aside: Path) -> Path:
     for file in directory.iterdir():
         if file.is_file() and file.suffix in (".json", ".model", ".txt", ".jinja", ".safetensors"):
             (written / file.name).symlink_to(file.resolve())
-    return export(written, targets[0], model)
+    return export(written, targets[0], model), targets[0]

@@ -73,12 +73,14 @@ def clocked(path: str | Path, threads: int = 1, prompt: int = 128, tokens: int =
     """Seconds of a random prompt and of the tokens after it by llama.cpp's own clock, with its own choice of cache and attention:
     {"load", "prefill", "decode"} in seconds, {"peak"} of memory in bytes, more than the process held before it loaded."""
     names = field(open_file(path), "tokenizer.ggml.tokens") or []
+    if not names:
+        raise FormatError(f"{path} has no vocabulary, and llama.cpp's server answers in words; write it from a checkpoint with a tokenizer")
     draw = random.Random(seed)
     ask = {"prompt": [draw.randrange(len(names)) for _ in range(prompt)], "n_predict": tokens, "temperature": 0.0, "cache_prompt": False,
            "ignore_eos": True}
     answer = _ask(path, [{"clock": ask}], threads=threads, plain=False)[0]
     if (answer["said"], answer["read"]) != (tokens, prompt):
-        raise FormatError(f"llama.cpp read {answer['read']} tokens of {prompt} and said {answer['said']} of {tokens}: its times are of something else")
+        raise FormatError(f"llama.cpp read {answer['read']} tokens of {prompt} and said {answer['said']} of {tokens}: other than asked")
     return {key: answer[key] for key in ("load", "prefill", "decode", "peak")}
 
 
