@@ -55,7 +55,7 @@ def test_the_peak_of_loading_and_a_forward_is_near_the_files_size(way: str, tmp_
                           env={**os.environ, "PYTHONPATH": path}, check=True)
     peak = json.loads(done.stdout.splitlines()[-1])
     assert floats > 5 * file > 5 * 2**24, "a model in float would be seen"
-    assert peak < 1.2 * file + 2**22, f"{peak / file:.2f} of the file: 4 MiB are one weight in float, and the interpreter's"
+    assert peak < 1.2 * file + 2**24, f"{peak / file:.2f} of the file; 16 MiB are one weight in float, its blocks, and what first calls allocate"
 
 
 def test_tensors_lie_in_the_file(tmp_path: Path) -> None:
