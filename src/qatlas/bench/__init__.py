@@ -35,6 +35,7 @@ from .process import WAYS
 
 ENGINE = "llama.cpp"
 ALL = (*WAYS, ENGINE)
+WHOLE = ("gguf:f32", "gguf:f16", "gguf:bf16")                     # types that hold anything, and codes as floats
 
 
 @dataclass
@@ -170,7 +171,7 @@ def _gguf(directory: Path, aside: Path) -> tuple[Path, str]:
     if not llamacpp.available():
         raise RunError('not installed: pip install "qatlas[llamacpp]"')
     model, _ = load(directory)
-    targets = [target for target in holders(model) if target.startswith("gguf:")]
+    targets = [target for target in holders(model) if target.startswith("gguf:") and target not in WHOLE]
     if not targets:
         raise RunError("no GGUF type holds these numbers; train with --target gguf:q4_0 (or another) to run there")
     written = aside / "gguf"
