@@ -74,6 +74,8 @@ def test_a_row_tells_medians_and_an_absent_one_its_reason() -> None:
     assert (row["prefill"], row["decode"], row["limit"]) == (5, 5, 10)
     assert Contender("fast", absent="because").told(1, 1, 1.0) == {"name": "fast", "absent": "because"}
     assert memory_speed(2**20, 1) > 0
+    names = ["gguf:q8_0", "gguf:mxfp4", "gguf:tq1_0", "gguf:tq2_0", "gguf:q4_0"]
+    assert sorted(names, key=module._width) == ["gguf:tq2_0", "gguf:tq1_0", "gguf:mxfp4", "gguf:q4_0", "gguf:q8_0"]
 
 
 def test_a_process_that_dies_is_a_row(made: Path, monkeypatch: Any) -> None:

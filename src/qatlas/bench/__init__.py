@@ -179,4 +179,10 @@ def _gguf(directory: Path, aside: Path) -> tuple[Path, str]:
     for file in directory.iterdir():
         if file.is_file() and file.suffix in (".json", ".model", ".txt", ".jinja", ".safetensors"):
             (written / file.name).symlink_to(file.resolve())
-    return export(written, targets[0], model), targets[0]
+    target = min(targets, key=_width)
+    return export(written, target, model), target
+
+
+def _width(target: str) -> tuple[int, bool]:
+    """The fewest bits first; of the ternary types TQ2_0, the faster one."""
+    return max(int(next(filter(str.isdigit, target))), 2), target == "gguf:tq1_0"
