@@ -154,7 +154,8 @@ def _round(one: Contender, live: Any, request: dict[str, Any], counts: bool) -> 
         return
     if one.name == ENGINE:
         try:
-            answer: Any = llamacpp.clocked(*live, prompt=request["prompt"], tokens=request["tokens"], seed=request["seed"])
+            path, threads = live
+            answer: Any = llamacpp.clocked(path, threads, request["prompt"], request["tokens"], request["seed"])
         except QatlasError as error:
             one.absent = str(error).splitlines()[0][:160]
             return

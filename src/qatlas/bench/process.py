@@ -3,7 +3,7 @@
     {"directory", "way", "threads"}     load; answers with seconds, bytes of its weights, and which layers take a kernel
     {"prompt", "tokens", "seed"}        one measurement: seconds of the prompt and of the tokens after it, and the peak of memory so far
 
-Memory is the largest resident size less that of a process which has imported the library and loaded nothing. A mapped file counts where it was read.
+Memory is the largest resident size less that of a process which has imported the library and the model's code. A mapped file counts where it was read.
 """
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ def main() -> None:
 
 def begin(directory: str, way: str, threads: int) -> tuple[Any, dict[str, Any]]:
     """(the model, what is to be said of it)."""
+    import transformers
+
     torch.set_num_threads(threads)
+    for name in transformers.AutoConfig.from_pretrained(directory).architectures or ():
+        getattr(transformers, name, None)                         # transformers imports a model's code when it is first named
     before, began = peak(), time.perf_counter()
     model, _ = load(directory)
     if way in TYPES:
