@@ -3,7 +3,7 @@
     {"directory", "way", "threads"}     load; answers with seconds, bytes of its weights, and which layers take a kernel
     {"prompt", "tokens", "seed"}        one measurement: seconds of the prompt and of the tokens after it, and the peak of memory so far
 
-Memory is the largest resident size less that of a process which has imported the library and the model's code. A mapped file counts where it was read.
+Memory is the largest resident size less that of a process which has imported the library and the model's code. A mapped file counts where read.
 """
 
 from __future__ import annotations
