@@ -55,8 +55,8 @@ class Kernel:
         found = []
         for i in range(self.parts):
             at = slice(i * rows, (i + 1) * rows)
-            mine: Any = places if self.parts == 1 else [t if t is None else store.grain.of_rows(t, at) for t in places]
-            found.append(packed.Matrix.from_parts(store.codes[at], *mine, store.grid, store.grain, (rows, *store.shape[1:])))
+            scale, zero, offset = places if self.parts == 1 else [t if t is None else store.grain.of_rows(t, at) for t in places]
+            found.append(packed.Matrix.from_parts(store.codes[at], scale, zero, offset, store.grid, store.grain, (rows, *store.shape[1:])))
         zeros = self.integers and whole_numbers(self.quantizer, torch.zeros(1, store.shape[1]))[2] is not None
         self.sums = [w.sums if zeros else None for w in found]        # of the rows, which a zero of the input multiplies
         return found
