@@ -16,7 +16,8 @@ import qatlas
 ROOT = Path(qatlas.__file__).parent
 # job, one paper's run from load to report, and prepare, its first step, are landings between two floors
 FLOORS = {"core": 1, "kernels": 2, "export": 2, "layers": 3, "model": 4, "train": 5, "record": 6, "trial": 6, "search": 6, "papers": 7, "report": 7,
-          "keep": 7, "prepare": 7.4, "job": 7.5, "compare": 8, "demo": 8, "flags": 8, "table": 8, "commands": 8.5, "cli": 9, "__main__": 9.5}
+          "keep": 7, "bench": 7.4,
+          "prepare": 7.4, "job": 7.5, "compare": 8, "demo": 8, "flags": 8, "table": 8, "commands": 8.5, "serve": 8.6, "cli": 9, "__main__": 9.5}
 FILES = sorted(ROOT.rglob("*.py"))
 named = [str(path.relative_to(ROOT)) for path in FILES]
 

@@ -7,6 +7,7 @@ with code 2.
     qatlas list | show PAPER                         the shelf
     qatlas compare PAPER PAPER --bits 4,2            papers under equal conditions: table, figure, page
     qatlas eval | generate | export | verify | report DIR
+    qatlas bench DIR                                 tokens a second and memory, beside fp32, bf16 and llama.cpp
     qatlas doctor                                    what this machine has
 
 Every command takes --config file.yaml and prints one with --print_config; so a run is a file, if you like.
@@ -18,7 +19,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 
-from . import commands, table
+from . import commands, serve, table
 from .commands import code, quiet, say
 from .core.error import QatlasError, unknown
 from .flags import Parser, essay, first_line, many, run_parser
@@ -108,7 +109,8 @@ def _run(argv: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "demo": commands.demo, "run": _run, "list": commands.list_papers, "show": commands.show, "compare": commands.compare, "eval": commands.evaluate,
-    "generate": commands.generate, "export": commands.export, "verify": commands.verify, "report": commands.report, "doctor": commands.doctor}
+    "generate": serve.generate, "bench": serve.bench, "export": commands.export, "verify": commands.verify, "report": commands.report,
+    "doctor": commands.doctor}
 
 
 if __name__ == "__main__":

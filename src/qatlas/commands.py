@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import table
-from .core.error import CheckpointError, DataError, FormatError, RunError
+from .core.error import DataError, FormatError, RunError
 from .flags import first_line, run_parser
 
 
@@ -60,7 +60,7 @@ def show(paper: str) -> int:
 
 
 def evaluate(*directory: str, data: str | None = None, length: int | None = None, batch: int = 8, tasks: str | None = None,
-             task_path: str | None = None, limit: int | None = None, shots: int | None = None) -> int:
+             task_path: str | None = None, limit: int | None = None, shots: int | None = None, fast: bool = False) -> int:
     """Judge saved models: on held-out data, or on benchmarks.
 
     Held-out data, by default what the run was trained on:
@@ -83,20 +83,21 @@ def evaluate(*directory: str, data: str | None = None, length: int | None = None
         task_path: a folder with benchmarks as YAML files; then only those are known.
         limit: documents of each benchmark, for a quick look.
         shots: examples before each question; by default what the benchmark says.
+        fast: multiply by kernels, straight from the codes; sums run in another order (see `qatlas generate --help`).
     """
     quiet()
     if tasks:
-        return _benchmark(list(directory), [task.strip() for task in tasks.split(",") if task.strip()], task_path, limit, shots, batch)
+        return _benchmark(list(directory), [task.strip() for task in tasks.split(",") if task.strip()], task_path, limit, shots, batch, fast)
     if wrong := [name for name, value in (("task_path", task_path), ("limit", limit), ("shots", shots)) if value is not None]:
         raise DataError(f"--{wrong[0]} is of benchmarks; say which: --tasks NAME,NAME")
     for each in directory:
-        found = _judged(each, data, length, batch)
+        found = _judged(each, data, length, batch, fast)
         print(each) if len(directory) > 1 else None
         table.pairs(found)
     return 0
 
 
-def _judged(directory: str, data: str | None, length: int | None, batch: int) -> dict[str, float]:
+def _judged(directory: str, data: str | None, length: int | None, batch: int, fast: bool = False) -> dict[str, float]:
     from .prepare import Job, prepare
     from .record import Record
     from .train.evaluate import evaluate as judge
@@ -111,10 +112,11 @@ def _judged(directory: str, data: str | None, length: int | None, batch: int) ->
         settings["length"] = length
     job = Job(model=directory, data=ran.data if ran is not None and data is None else str(data), batch=batch, **settings)
     model, _, task = prepare(job, Run(None, progress=False))
-    return dict(judge(model, task))
+    return dict(judge(quickened(model) if fast else model, task))
 
 
-def _benchmark(directories: list[str], tasks: list[str], task_path: str | None, limit: int | None, shots: int | None, batch: int) -> int:
+def _benchmark(directories: list[str], tasks: list[str], task_path: str | None, limit: int | None, shots: int | None, batch: int,
+               fast: bool = False) -> int:
     from .model.load import load
     from .train.benchmark import benchmark, keep, lacks
 
@@ -123,7 +125,7 @@ def _benchmark(directories: list[str], tasks: list[str], task_path: str | None, 
     scores = {}
     for each in directories:
         model, tokenizer = load(each)
-        scores[each] = benchmark(model, tokenizer, tasks, task_path=task_path, limit=limit, shots=shots, batch=batch)
+        scores[each] = benchmark(quickened(model) if fast else model, tokenizer, tasks, task_path=task_path, limit=limit, shots=shots, batch=batch)
         if Path(each).is_dir():
             keep(each, scores[each], limit=limit, shots=shots)
     table.benchmarks(scores)
@@ -179,26 +181,6 @@ def compare(*paper: str, model: str = "zoo:gpt", data: str = "builtin:docs", tas
     found = play(paper, job, widths, steps, seeds, read_arguments(shared), against, command, say)
     table.compared(found)
     print(f"{out}/report.html, table.md and comparison.png show it; {out}/runs holds each run")
-    return 0
-
-
-def generate(directory: str, prompt: str = "The with statement", tokens: int = 60) -> int:
-    """Continue a prompt with a saved model.
-
-    Args:
-        directory: of a run, or of any transformers language model.
-        prompt: the text to continue.
-        tokens: how many new tokens.
-    """
-    from .job import generate as speak
-    from .model.load import load
-
-    quiet()
-    model, tokenizer = load(directory)
-    if tokenizer is None or not getattr(model, "can_generate", lambda: False)():
-        found = f"{type(model).__name__}{'' if tokenizer else ' without a tokenizer'}"
-        raise CheckpointError(f"{directory} holds a {found}; only a language model speaks")
-    print(speak(model, tokenizer, prompt, tokens))
     return 0
 
 
@@ -263,6 +245,16 @@ def doctor() -> int:
                                     ("lm_eval", "eval"), ("PIL", "vision"), ("tensorboard", "tensorboard"))}
     table.pairs({**versions(), **machine(), "export targets": ", ".join(targets()), **extras})
     return 0
+
+
+def quickened(model: Any) -> Any:
+    """The model on kernels; each way that its layers go is said."""
+    from .model.fast import fast, routes, told
+
+    model = fast(model)
+    for line in told(routes(model)):
+        say(line)
+    return model
 
 
 def quiet() -> None:

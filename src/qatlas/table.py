@@ -99,6 +99,29 @@ def compared(found: Trials) -> None:
     Console().print(table)
 
 
+def bench(found: dict[str, Any]) -> None:
+    """What a model does in a second, form by form."""
+    from rich.console import Console
+    from rich.table import Table
+
+    how = found["setting"]
+    title = f"{found['directory']}, threads: {how['threads']}, medians of {how['repeats']}; memory reads {how['bandwidth'] / 1e9:.1f} GB/s"
+    table = Table(title=title, title_justify="left", caption="tokens a second of a prompt of {prompt}, and of {tokens} after it".format(**how))
+    for column in ("", "prefill", "decode", "limit", "peak MiB", "file MiB", "load s"):
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    for row in found["rows"]:
+        if "absent" in row:
+            table.add_row(row["name"], *[""] * 6)
+            continue
+        limit = "" if row["limit"] is None else f"{row['limit']:,.0f}"
+        sizes = (f"{row[key] / 2**20:,.0f}" for key in ("peak", "file"))
+        table.add_row(row["name"], f"{row['prefill']:,.0f}", f"{row['decode']:,.1f}", limit, *sizes, f"{row['load']:.2f}")
+    Console().print(table)
+    for row in found["rows"]:
+        for line in [f"absent, {row['absent']}"] if "absent" in row else row["routes"]:
+            print(f"  {row['name']}: {line}")
+
+
 def pairs(found: dict[str, Any]) -> None:
     """Names and values."""
     wide = max((len(name) for name in found), default=0) + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,25 @@ def test_each_grain_shares_what_it_says() -> None:
 ])
 def test_shapes_of_scales(grain: Grain, shape: tuple[int, ...], scales: tuple[int, ...]) -> None:
     assert grain.scale_shape(shape) == scales
+
+
+@pytest.mark.parametrize("grain", FITTING, ids=str)
+@pytest.mark.parametrize("at", [slice(4, 12), torch.tensor([11, 4, 4])], ids=["neighbours", "picked"])
+def test_rows_keep_their_scales(grain: Grain, at: Any) -> None:
+    x = torch.randn(12, 8)
+    view = grain.view(x)
+    steps = torch.rand(view.shape[:-1])
+    whole = grain.back(view * steps[..., None], x.shape)
+    mine = grain.of_rows(steps, at)
+    if mine is None:
+        assert isinstance(grain, Block)
+        return
+    assert torch.equal(grain.back(grain.view(x[at]) * mine[..., None], x[at].shape), whole[at])
+
+
+def test_rows_that_share_a_scale_with_others_are_not_told_apart() -> None:
+    assert Block(4, 8).of_rows(torch.ones(3, 1), slice(2, 6)) is None and PerChannel(-2).of_rows(torch.ones(3), slice(0, 1)) is None
+    assert Block(4, 8).tall == 4 and Group(8).tall == 1
 
 
 def test_a_convolution_is_grouped_over_its_whole_fan_in() -> None:

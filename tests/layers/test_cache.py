@@ -223,3 +223,34 @@ def test_what_is_refused_while_it_runs() -> None:
 def test_codes_alone() -> None:
     empty = Codes(None)
     assert empty.dequantize() is None and empty.nbytes == 0
+
+
+@pytest.mark.parametrize("name", sorted(QUANTS))
+@pytest.mark.parametrize("window", [None, 5])
+@torch.no_grad()
+def test_kept_values_are_the_same_bits_and_dequantize_new_tokens_only(name: str, window: int | None, monkeypatch: Any) -> None:
+    module = attending(QUANTS[name])
+    codes, values = KeyValues(module, window), KeyValues(module, window, "values")
+    widths: list[int] = []
+    own = Codes._values
+    monkeypatch.setattr(Codes, "_values", lambda self, parts: (widths.append(parts["codes"].shape[2] if self.keep == "values" else 0),
+                                                               own(self, parts))[1])
+    for seed, tokens in enumerate((4, 1, 3, 1)):
+        x, y = drawn(tokens, seed), drawn(tokens, seed + 9)
+        for ours, theirs in zip(values.update(x, y), codes.update(x, y), strict=True):
+            assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+    assert [width for width in widths if width] == [4, 1, 3, 1] and values.nbytes > codes.nbytes
+    twin = copy.deepcopy(values)
+    for layer in (codes, values):
+        layer.batch_repeat_interleave(2)
+        layer.reorder_cache(torch.tensor([3, 0, 1]))
+        if window is None:
+            layer.crop(-2)
+    assert torch.equal(values.keys, codes.keys) and twin.keys.shape[0] == 2       # type: ignore[union-attr, arg-type]
+    values.reset()
+    assert values.keys is None and values.nbytes == 0
+
+
+def test_a_cache_keeps_one_of_two_things() -> None:
+    with pytest.raises(QuantError, match="keeps codes or values"):
+        KeyValues(attending(cache(4)), None, "floats")

@@ -9,9 +9,13 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from qatlas.core.error import CheckpointError
-from qatlas.layers.packed import Store
+from qatlas.core.grain import Group
+from qatlas.core.scale import AbsMax
+from qatlas.core.scheme import weight
+from qatlas.layers.store import Store
 from qatlas.model.hub import Loader, QatlasConfig
 from qatlas.model.pack import pack, save
+from qatlas.model.rules import Rule, quantize
 
 AUTO = {"llama": AutoModelForCausalLM, "gpt2": AutoModelForCausalLM, "bert": AutoModelForSequenceClassification,
         "vit": AutoModelForImageClassification, "resnet": AutoModelForImageClassification}
@@ -32,7 +36,8 @@ def test_auto_classes_load_what_was_saved(name, dtype, tiny, tmp_path):
     assert type(loaded) is type(model)
     before, after = stores(model), stores(loaded)
     assert before.keys() == after.keys() and before
-    assert all(torch.equal(tensor, after[key]) and tensor.dtype == after[key].dtype for key, tensor in before.items())
+    assert all(torch.equal(tensor, after[key].to(tensor.dtype)) for key, tensor in before.items())
+    assert all(tensor.dtype == after[key].dtype or key.endswith(".scale") for key, tensor in before.items())
     if dtype in ("default", "float32", "auto"):
         assert torch.equal(tiny.answer(loaded, name), tiny.answer(model, name))
     elif name in ("llama", "gpt2", "bert"):                       # inputs of images would have to be cast too
@@ -78,6 +83,23 @@ def test_generation_and_gradients_of_scales(tiny, tmp_path):
     assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).shape == (1, 7)
     model(**tiny.batch("llama"), labels=tiny.batch("llama")["input_ids"]).loss.backward()
     assert model.model.layers[0].mlp.up_proj.store.scale.grad.abs().sum() > 0
+
+
+def test_scales_lie_as_they_are_stored_until_they_are_trained(tiny, tmp_path):
+    model = quantize(tiny.models["llama"](), [Rule("*proj", weight=weight(4, Group(16)).but(scale=AbsMax(dtype="float16")))]).eval()
+    save(model, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    scale = loaded.model.layers[0].mlp.up_proj.store.scale
+    held = scale.clone()
+    assert held.dtype == torch.float16 and torch.equal(tiny.answer(loaded, "llama"), tiny.answer(model, "llama"))
+    assert scale.dtype == torch.float16, "a forward without a graph leaves it"
+    optimizer = torch.optim.SGD(loaded.parameters(), lr=1e-2)     # before the first forward with a graph
+    loaded(**tiny.batch("llama"), labels=tiny.batch("llama")["input_ids"]).loss.backward()
+    assert scale.dtype == scale.grad.dtype == torch.float32 and torch.equal(scale, held.float())
+    optimizer.step()
+    assert loaded.model.layers[0].mlp.up_proj.store.scale is scale and not torch.equal(scale, held.float())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").train()
+    assert again.model.layers[0].mlp.up_proj.store.scale.dtype == torch.float32
 
 
 def test_truncated_weights_are_one_clear_error(tiny, tmp_path):

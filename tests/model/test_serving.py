@@ -43,7 +43,7 @@ from qatlas.layers import attention
 from qatlas.layers.cache import KeyValueCache, KeyValues
 from qatlas.model.pack import load_into, load_packed, pack, save
 from qatlas.model.rules import Rule, cached, keep_full, quantize
-from qatlas.model.serving import HOOK, cache
+from qatlas.model.serving import HOOK, cache, keep
 from qatlas.model.taps import override
 
 IDS = torch.arange(24).view(2, 12) * 7 % 60 + 3
@@ -234,3 +234,14 @@ def test_the_command_generates_from_codes(tmp_path: Path, capsys: pytest.Capture
     monkeypatch.setattr(KeyValueCache, "__init__", lambda self, layers: (made.append(self), own(self, layers))[1])
     assert main(["generate", str(tmp_path / "out"), "--prompt", "the cat", "--tokens", "4"]) == 0
     assert capsys.readouterr().out.startswith("the cat") and len(made) == 1 and made[0].nbytes > 0
+
+
+def test_values_beside_codes_are_a_choice_with_a_name() -> None:
+    model = pack(llama())
+    slow = model.generate(IDS, **HOW)
+    keep(model, "values")
+    fast = model.generate(IDS, **HOW)
+    assert same(fast, slow) and fast.past_key_values.nbytes > slow.past_key_values.nbytes
+    assert same(model.generate(IDS, past_key_values=cache(model, "codes"), **HOW), slow)
+    with pytest.raises(QuantError, match="keeps codes or values"):
+        keep(model, "nothing")

@@ -42,6 +42,15 @@ class Grain(Noun):
         """The shape of the scales of a tensor of `shape`."""
         return tuple(self.view(torch.empty(tuple(shape), device="meta")).shape[:-1])
 
+    @property
+    def tall(self) -> int:
+        """Rows under one scale, where it is not one or all."""
+        return 1
+
+    def of_rows(self, steps: Tensor, at: Tensor | slice) -> Tensor | None:
+        """The scales of the rows `at` of a tensor (two axes or more), as this grain shows those rows alone; None where they are not told apart."""
+        return steps[at]
+
 
 @dataclass(frozen=True)
 class PerTensor(Grain):
@@ -49,6 +58,9 @@ class PerTensor(Grain):
 
     def view(self, x: Tensor) -> Tensor:
         return x.reshape(1, x.numel())                            # -1 would fail on an empty tensor
+
+    def of_rows(self, steps: Tensor, at: Tensor | slice) -> Tensor | None:
+        return steps
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,9 @@ class PerChannel(Grain):
         axis = self.axis % len(shape)
         front = (shape[axis], *shape[:axis], *shape[axis + 1 :])
         return y.reshape(front).movedim(0, axis)
+
+    def of_rows(self, steps: Tensor, at: Tensor | slice) -> Tensor | None:
+        return steps[at] if self.axis == 0 else steps if self.axis > 0 or self.axis == -1 else None
 
 
 @dataclass(frozen=True)
@@ -131,6 +146,10 @@ class Block(Grain):
     rows: int
     cols: int
 
+    @property
+    def tall(self) -> int:
+        return self.rows
+
     def view(self, x: Tensor) -> Tensor:
         n, k = x.shape[0], x[0].numel()
         if n % self.rows or k % self.cols:
@@ -140,3 +159,8 @@ class Block(Grain):
 
     def back(self, y: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
         return y.reshape(*y.shape[:2], self.rows, self.cols).transpose(1, 2).reshape(shape)
+
+    def of_rows(self, steps: Tensor, at: Tensor | slice) -> Tensor | None:
+        if not isinstance(at, slice) or at.start % self.rows or at.stop % self.rows:
+            return None
+        return steps[at.start // self.rows : at.stop // self.rows]

@@ -11,6 +11,9 @@ with the same numbers bit for bit, since `Quantizer.quantize` and its forward ar
 
 At 4 bits and d = 64 that is 34 bytes a token and head, where bf16 takes 128 and fp32 256.
 
+Every step reads all tokens, so it dequantizes all of them: memory is the reason for such a cache. Who has memory and no time says keep="values": what
+was dequantized once stays beside the codes, in the type of the model, and a step dequantizes its own tokens only. The same bits either way.
+
 A scale measured afresh must belong to one token: one for many tokens would move when the next arrives, and what is stored could not stay. Such a
 Quant is refused here; so are gradients, which do not pass codes. A sliding window keeps its last tokens as transformers' own layer does. Beams,
 repeated and selected rows, cropping act on codes and scales alike: nothing is dequantized for them.
@@ -34,6 +37,7 @@ from ..core.quantizer import Quant, Quantizer
 from .attention import HANDED, NAME, STORED, attached
 
 SIDES = ("key", "value")
+KEEPS = ("codes", "values")
 
 
 def why_not(quant: Quant) -> str | None:
@@ -55,21 +59,22 @@ def why_not(quant: Quant) -> str | None:
 class Codes:
     """Keys, or values, of one layer: (B, G, S, d), growing along S. Without a quantizer they are stored as they are."""
 
-    def __init__(self, quantizer: Quantizer | None) -> None:
-        self.quantizer = quantizer
+    def __init__(self, quantizer: Quantizer | None, keep: str = "codes") -> None:
+        self.quantizer, self.keep = quantizer, keep
+        self.seen: Tensor | None = None                           # what was dequantized, where values are kept
         self.parts: dict[str, Tensor] = {}                        # name -> (B, G, S, ...)
         self.fixed: QTensor | None = None                         # grid, grain, and the scale where it is the quantizer's own
         self.width, self.dtype = 0, torch.float32
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Codes:
         other = Codes(self.quantizer)                             # a copied cache belongs to the same model
-        other.__dict__.update(self.__dict__, parts=copy.deepcopy(self.parts, memo))
+        other.__dict__.update(self.__dict__, parts=copy.deepcopy(self.parts, memo), seen=None if self.seen is None else self.seen.clone())
         return other
 
     @property
     def nbytes(self) -> int:
         """Bytes of what is stored."""
-        return sum(t.numel() * t.element_size() for t in self.parts.values())
+        return sum(t.numel() * t.element_size() for t in (*self.parts.values(), *(() if self.seen is None else (self.seen,))))
 
     def append(self, x: Tensor) -> None:
         """Quantize and store (B, G, new, d).
@@ -79,6 +84,9 @@ class Codes:
         """
         new = {"full": x} if self.quantizer is None else self._quantize(x, self.quantizer)
         self.width, self.dtype = x.shape[-1], x.dtype
+        if self.keep == "values" and self.quantizer is not None:
+            fresh = self._values(new)
+            self.seen = fresh if self.seen is None else torch.cat([self.seen, fresh], 2)
         self.parts = new if not self.parts else {name: torch.cat([t, new[name]], 2) for name, t in self.parts.items()}
 
     def dequantize(self) -> Tensor | None:
@@ -87,13 +95,16 @@ class Codes:
             return None
         if self.quantizer is None:
             return self.parts["full"]
+        return self.mark(self._values(self.parts) if self.seen is None else self.seen)
+
+    def _values(self, parts: dict[str, Tensor]) -> Tensor:
         first = self.fixed
         assert first is not None
-        shape = (*self.parts["codes"].shape[:3], self.width)
-        scale, zero, offset = (getattr(first, name) if (t := self.parts.get(name)) is None else self._shaped(t, shape)
+        shape = (*parts["codes"].shape[:3], self.width)
+        scale, zero, offset = (getattr(first, name) if (t := parts.get(name)) is None else self._shaped(t, shape)
                                for name in ("scale", "zero", "offset"))
-        q = QTensor(unpack_bits(self.parts["codes"], first.bits, shape), scale, zero, offset, first.grid, first.grain)
-        return self.mark(q.dequantize().to(self.dtype))
+        q = QTensor(unpack_bits(parts["codes"], first.bits, shape), scale, zero, offset, first.grid, first.grain)
+        return q.dequantize().to(self.dtype)
 
     def mark(self, x: Tensor) -> Tensor:
         """x, known to attention as stored by this Quant."""
@@ -104,6 +115,7 @@ class Codes:
     def each(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change rows or tokens of all that is stored."""
         self.parts = {name: change(t) for name, t in self.parts.items()}
+        self.seen = None if self.seen is None else change(self.seen)
 
     def _quantize(self, x: Tensor, quantizer: Quantizer) -> dict[str, Tensor]:
         if torch.is_grad_enabled() and x.requires_grad:
@@ -156,14 +168,16 @@ def _narrow(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class KeyValues(CacheLayerMixin):
-    """One layer of the cache. window: how many tokens a query sees, itself included; None is all."""
+    """One layer of the cache. window: how many tokens a query sees, itself included; None is all. keep: codes, or values beside them."""
 
     is_sliding = False
 
-    def __init__(self, module: nn.Module, window: int | None = None) -> None:
+    def __init__(self, module: nn.Module, window: int | None = None, keep: str = "codes") -> None:
+        if keep not in KEEPS:
+            raise QuantError(f"keep={keep!r}: a cache keeps {' or '.join(KEEPS)}")
         held = attached(module)
         self.module, self.window, self.is_sliding = module, window, window is not None
-        self.sides = tuple(Codes(q if (q := held.get(side)) is not None and q.on else None) for side in SIDES)
+        self.sides = tuple(Codes(q if (q := held.get(side)) is not None and q.on else None, keep) for side in SIDES)
         self.length, self.is_initialized, self.record_past = 0, False, False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeyValues:
@@ -241,7 +255,7 @@ class KeyValues(CacheLayerMixin):
         """Forget all."""
         self.length, self.is_initialized = 0, False
         for side in self.sides:
-            side.parts, side.fixed = {}, None
+            side.parts, side.fixed, side.seen = {}, None, None
 
     def offload(self) -> None:
         self._move("cpu")

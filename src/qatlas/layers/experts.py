@@ -99,10 +99,22 @@ class PackedStack(Packed):
 
     def forward(self, x: Tensor, sizes: list[int]) -> Tensor:  # type: ignore[override]
         self._sizes = sizes
-        return super().forward(x)
+        if self.kernel is None or self.transform is not None or not self.kernel.serves(x):
+            return super().forward(x)
+        y = self.kernel(x, None, sizes)
+        return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def product(self, x: Tensor, w: Tensor) -> Tensor:
         return _products(x, w, self.experts, self._sizes)
+
+    def multiply(self, q: Tensor) -> Tensor:
+        rows = self.store.shape[0] // self.experts
+        each = torch.is_grad_enabled() or torch.compiler.is_compiling() or self.store.rows(slice(0, rows)) is None
+        if each:
+            return super().multiply(q)
+        parts = [F.linear(part, self.store.rows(slice(i * rows, (i + 1) * rows)).dequantize().to(q.dtype))      # experts with tokens, no others
+                 for i, part in enumerate(q.split(self._sizes)) if part.shape[0]]
+        return torch.cat(parts) if parts else q.new_zeros(0, rows)
 
 
 class Experts(nn.Module):

@@ -1,16 +1,13 @@
 """Packed layers: codes as buffers, scales as parameters, no master. What is saved, loaded and served.
 
-`Store` holds one QTensor inside a module: packed codes (uint8 buffers), the scale (an fp32 Parameter, so that scales can be trained on a packed
-model) or, for two-level scales, another Store, and zero or offset, which may be a Store too. A packed layer dequantizes and multiplies: correct
-before fast. Where there is a graph it is dequantized once more in the backward, so that nothing of a weight's size waits for it: training steps on
-a packed model needs memory for codes and activations. Its `to_meta` says in JSON all that its tensors do not, and `from_meta` builds the same layer
-empty, to be filled by load_state_dict.
+A packed layer holds a Store (store.py). It dequantizes and multiplies: correct before fast, bit for bit what the trained layer computes. Whoever
+wants it fast says so (kernel.py, model/fast.py). Where there is a graph it is dequantized once more in the backward, so that nothing of a weight's
+size waits for it: training steps on a packed model needs memory for codes and activations. Its `to_meta` says in JSON all that its tensors do not,
+and `from_meta` builds the same layer empty, to be filled by load_state_dict.
 """
 
 from __future__ import annotations
 
-import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,140 +16,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..core.noun import from_json
-from ..core.qtensor import Masked, QTensor, pack_bits, straight, unpack_bits
+from ..core.qtensor import Masked, QTensor
 from ..core.quantizer import Quantizer
-from ..core.stored import rounded
 from ..kernels.rotation import quick
+from .kernel import Kernel
 from .quantized import Layer, Quantized, Slots
-
-
-class Store(nn.Module):
-    """One QTensor as a module's state."""
-
-    codes: Tensor
-    scale: Tensor | Store
-    zero: Tensor | None
-    offset: Tensor | Store | None
-
-    def __init__(self, q: QTensor) -> None:
-        super().__init__()
-        self.grid, self.grain, self.shape, self.scale_dtype = q.grid, q.grain, tuple(q.shape), q.scale_dtype
-        self.register_buffer("codes", pack_bits(q.codes, q.bits))
-        self.scale = Store(q.scale) if isinstance(q.scale, QTensor) else nn.Parameter(q.scale.detach().float().clone())
-        for name in ("zero", "offset"):
-            value = getattr(q, name)
-            if isinstance(value, QTensor):
-                self.offset = Store(value)
-                continue
-            self.register_buffer(name, None if value is None else value.detach().float().clone())
-
-    @property
-    def bits(self) -> float:
-        """Bits of a code."""
-        return self.grid.bits
-
-    def qtensor(self) -> QTensor:
-        """The QTensor, its scale still on the graph, rounded to the type in which it is stored (training moves it between two such numbers)."""
-        return self._around(unpack_bits(self.codes, self.grid.bits, self.shape))
-
-    def _around(self, codes: Tensor) -> QTensor:
-        scale = self.scale.qtensor() if isinstance(self.scale, Store) else straight(self.scale, partial(rounded, dtype=self.scale_dtype))
-        offset = self.offset.qtensor() if isinstance(self.offset, Store) else self.offset
-        return QTensor(codes, scale, self.zero, offset, self.grid, self.grain, self.scale_dtype)
-
-    def to_meta(self) -> dict[str, Any]:
-        """As QTensor.to_meta, and which of zero and offset there is."""
-        return self.qtensor().to_meta() | {"kind": "zero" if self.zero is not None else "offset" if self.offset is not None else "plain"}
-
-    @classmethod
-    def from_meta(cls, meta: dict[str, Any]) -> Store:
-        """An empty Store of the right shapes."""
-        return cls(_blank(meta))
-
-
-class Taken(Store):
-    """One part of a composite: codes where its mask is True, in the order of rows, and no others. codes (n,) uint8; the rest as in the whole q."""
-
-    def __init__(self, q: QTensor, codes: Tensor) -> None:
-        super().__init__(q)
-        self.register_buffer("codes", pack_bits(codes, q.bits))
-
-    def among(self, mask: Tensor) -> QTensor:
-        """The QTensor of the whole shape; where the mask is False its codes are 0."""
-        codes = unpack_bits(self.codes, self.grid.bits, (int(mask.sum()),))
-        return self._around(torch.zeros(self.shape, dtype=torch.uint8, device=codes.device).masked_scatter_(mask, codes))
-
-
-class MaskedStore(nn.Module):
-    """One Masked as a module's state: `mask` in bits, the codes of each part where it is taken."""
-
-    mask: Tensor
-    scale_dtype = "float32"
-
-    def __init__(self, mask: Tensor, one: Taken, other: Taken) -> None:
-        super().__init__()
-        self.register_buffer("mask", mask)
-        self.one, self.other, self.shape = one, other, one.shape
-        self.grid, self.grain = other.grid, other.grain
-
-    @classmethod
-    def of(cls, q: Masked) -> MaskedStore:
-        """From the data."""
-        return cls(pack_bits(q.mask, 1), Taken(q.one, q.one.codes[q.mask]), Taken(q.other, q.other.codes[~q.mask]))
-
-    @property
-    def bits(self) -> float:
-        """Bits an element: both parts' codes and the mask."""
-        return 8 * sum(t.numel() for t in (self.mask, self.one.codes, self.other.codes)) / max(math.prod(self.shape), 1)
-
-    def qtensor(self) -> Masked:
-        """As Store.qtensor."""
-        mask = unpack_bits(self.mask, 1, self.shape).bool()
-        return Masked(mask, self.one.among(mask), self.other.among(~mask))
-
-    def to_meta(self) -> dict[str, Any]:
-        """Both parts', and how many elements the first has."""
-        count = int(unpack_bits(self.mask, 1, self.shape).sum())
-        mask = torch.zeros(self.shape, dtype=torch.bool)
-        parts = {name: Store.to_meta(_Whole(part, mask)) for name, part in (("one", self.one), ("other", self.other))}  # type: ignore[arg-type]
-        return {"shape": list(self.shape), "count": count, **parts}
-
-    @classmethod
-    def from_meta(cls, meta: dict[str, Any]) -> MaskedStore:
-        """An empty one of the right shapes."""
-        shape, count = tuple(meta["shape"]), int(meta["count"])
-        whole = math.prod(shape)
-        if not 0 <= count <= whole:
-            raise ValueError(f"{count} of {whole} elements")
-        parts = [Taken(_blank(meta[name]), torch.zeros(n, dtype=torch.uint8)) for name, n in (("one", count), ("other", whole - count))]
-        return cls(pack_bits(torch.zeros(shape, dtype=torch.uint8), 1), *parts)
-
-
-class _Whole:
-    """A part as `Store.to_meta` looks at it."""
-
-    def __init__(self, part: Taken, mask: Tensor) -> None:
-        self.zero, self.offset, self.qtensor = part.zero, part.offset, lambda: part._around(mask.to(torch.uint8))
-
-
-def stored(q: QTensor | Masked) -> Any:
-    """The module that holds it."""
-    return MaskedStore.of(q) if isinstance(q, Masked) else Store(q)
-
-
-def _blank(meta: dict[str, Any]) -> QTensor:
-    grid, grain, shape = from_json(meta["grid"]), from_json(meta["grain"]), tuple(meta["shape"])
-    steps = grain.scale_shape(shape)
-    scale = _blank(meta["scale"]) if "scale" in meta else torch.ones(steps)
-    zero, plain = (torch.zeros(steps) if meta.get("kind") == name else None for name in ("zero", "offset"))
-    offset = _blank(meta["offset"]) if "offset" in meta else plain
-    return QTensor(torch.zeros(shape, dtype=torch.uint8), scale, zero, offset, grid, grain, meta["scale_dtype"])
+from .store import MaskedStore, Store, stored
 
 
 class Packed(Layer):
     """What all packed layers share; subclasses give `product` and `conf`, the plain attributes that the product needs."""
 
     conf: tuple[str, ...] = ()
+    kernel: Kernel | None = None                                  # set by model/fast.py
     answer: torch.dtype | None = None                             # the type in which a layer without a floating input answers; None is fp32
 
     @classmethod
@@ -194,7 +70,7 @@ class Packed(Layer):
     @property
     def weight(self) -> Tensor:
         """The values of the weight, (out, ...), in the type of the model: for models that read `layer.weight.dtype` in their forward (ViT, GPT-2)."""
-        w = self.store.qtensor().dequantize().detach()
+        w = self.store.values()
         w = w if self.transform is None else self.transform.back(w)
         return w.to(self.answer or w.dtype)
 
@@ -203,14 +79,18 @@ class Packed(Layer):
         return w if self.adapter is None else self.adapter.after(w)
 
     def multiply(self, q: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return super().multiply(q)
+        if not torch.is_grad_enabled():
+            plain = self.adapter is None and q.is_floating_point()
+            w = self.store.values(q.dtype if plain else None)
+            return self.product(q, w if self.adapter is None else self.adapter.after(w))
         return checkpoint(super().multiply, q, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
     def hard(self) -> Tensor:
         """The weight that the layer computes with, (out, ...), in the original space, without a graph."""
         with torch.no_grad():
-            w = self.store.qtensor().dequantize()
+            w = self.store.values()
             w = w if self.transform is None else self.transform.back(w)
             return w if self.adapter is None else self.adapter.after(w)
 
@@ -269,6 +149,14 @@ def blank_quantizer(quant: dict[str, Any], slot: str, meta: dict[str, Any]) -> Q
 class PackedLinear(Packed):
     """(..., in) -> (..., out) from packed codes."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kernel is None or not self.kernel.serves(x):
+            return super().forward(x)
+        x = x if self.norm is None else self.norm(x)
+        x = x if self.transform is None else self.transform.of_input(x).to(x.dtype)
+        y = self.kernel(x, self.bias)
+        return y if self.output_quantizer is None else self.output_quantizer(y)
+
     def product(self, x: Tensor, w: Tensor) -> Tensor:
         return F.linear(x, w.to(x.dtype), self.bias)
 
@@ -299,10 +187,18 @@ def _convolve(conv: Any, layer: Any, x: Tensor, w: Tensor) -> Tensor:
 
 
 class PackedEmbedding(Packed):
-    """ids (...) -> (..., width); the whole table is dequantized."""
+    """ids (...) -> (..., width). Without a graph the rows that are asked for are dequantized, and no others: the same values."""
 
     conf = ("padding_idx",)
     padding_idx: int | None
+
+    def multiply(self, q: Tensor) -> Tensor:
+        few = not torch.is_grad_enabled() and self.adapter is None and q.numel() < self.store.shape[0]
+        found = self.store.rows(q.flatten()) if few else None
+        if found is None:
+            return super().multiply(q)
+        w = found.dequantize()
+        return w.to(self.answer or w.dtype).view(*q.shape, *w.shape[1:])
 
     def product(self, x: Tensor, w: Tensor) -> Tensor:
         return F.embedding(x, w, self.padding_idx).to(self.answer or w.dtype)

@@ -25,10 +25,12 @@ from torch import Tensor, nn
 
 from ..core.error import SAID, CheckpointError, QuantError, nearest
 from ..core.noun import from_json
-from ..layers.packed import Packed, Store, blank_quantizer, steps_of
+from ..layers.packed import Packed, blank_quantizer, steps_of
 from ..layers.quantized import Layer, Quantized
+from ..layers.store import Store
 
 METHOD, VERSION = "qatlas", 1
+KINDS = {"F16": torch.float16, "BF16": torch.bfloat16}           # of scales
 SHOWN = 4                                                         # names of one kind that an error lists
 
 
@@ -196,6 +198,17 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def await_steps(model: nn.Module, layers: Mapping[str, Layer], have: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+    """Let the scales of empty layers wait in the narrow types in which the files hold them. The first parameter of a model, by which transformers
+    tells the type of the whole, stays as it is."""
+    firsts = {id(next((p for p in part.parameters() if p.is_floating_point()), None)) for part in model.modules() if hasattr(part, "config")}
+    for name, layer in layers.items():
+        for path, part in layer.named_modules():
+            kind = KINDS.get(have.get(f"{name}.{path}.scale", ((), ""))[1])
+            if kind is not None and isinstance(part, Store) and isinstance(part.scale, nn.Parameter) and id(part.scale) not in firsts:
+                part.scale.data = part.scale.data.to(kind)
 
 
 def put(model: nn.Module, layers: Mapping[str, Layer]) -> None:

@@ -28,7 +28,8 @@ from ..core.estimator import settle
 from ..core.place import Place
 from ..core.quantizer import Quantizer
 from ..export.checkpoint import DOMAIN, MARK, Graph, Signal
-from ..layers.packed import Packed, Store
+from ..layers.packed import Packed
+from ..layers.store import Store
 from . import artefact
 from .pack import pack
 from .probe import inputs, sized
@@ -106,6 +107,12 @@ class _Plain(nn.Module):
 
     def dequantize(self) -> Tensor:
         return self.weight
+
+    def values(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.weight.to(dtype or self.weight.dtype)
+
+    def rows(self, at: Any) -> None:
+        return None
 
 
 def plain(model: nn.Module) -> tuple[nn.Module, dict[str, Signal]]:

@@ -152,7 +152,7 @@ class Loader(HfQuantizer):
             have = artefact.header(checkpoint_files)
             artefact.check(want, have, checkpoint_files[0], _excused(model, have))
         elif checkpoint_files:
-            artefact.header(checkpoint_files)
+            have = artefact.header(checkpoint_files)
         firsts: dict[int, nn.Module] = {}
         for layer in dict.fromkeys(layers.values()):
             if packed:
@@ -165,6 +165,7 @@ class Loader(HfQuantizer):
         artefact.put(model, layers)
         if packed:
             untie(model, layers)
+            artefact.await_steps(model, layers, have if checkpoint_files else {})
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for layer, first in self.tied:

@@ -164,15 +164,14 @@ def load_into(model: nn.Module, path: Path | str) -> nn.Module:
     shared = {name: tensor for name, tensor in state.items() if not _inside(name, layers)}
     for name, layer in layers.items():
         mine = {key.removeprefix(f"{name}."): value.to(device) for key, value in state.items() if key.startswith(f"{name}.")}
-        mine = {key: value.float() if value.is_floating_point() and value.dtype.itemsize < 4 and ".scale" in f".{key}" else value
-                for key, value in mine.items()}
         layer.load_state_dict(mine, strict=False, assign=True)    # `check` has seen that nothing is missing; a tied Store is filled by its first
+    model.eval()                                                  # scales stay as they lie in the file
     artefact.put(model, layers)
     inner.put(model, inside)
     model.load_state_dict(shared, strict=False)
     hub.untie(model, layers)
     hub.adopt(model, config)
-    return model.eval()
+    return model
 
 
 def read_config(path: Path | str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ ever and by `qatlas generate`, also after pack, save and load. What the caller a
 
     model.generate(ids)                                        codes: `cache(model)` is made where transformers would make its growing cache
     model.generate(ids, past_key_values=cache(model))          the same, and the caller keeps it (`.nbytes`; a prompt's cache to copy and go on from)
+    model.generate(ids, past_key_values=cache(model, "values"))      with dequantized values beside the codes: faster, and the memory of a full cache
     model.generate(ids, cache_implementation="dynamic")        transformers' growing cache in full precision: the same numbers, quantized in each step
     model.generate(ids, cache_implementation="static")         the same, of a fixed size; so past_key_values=DynamicCache(), StaticCache(...)
     model.generate(ids, cache_implementation="quantized")      refused: another library's numbers under ours
@@ -24,13 +25,26 @@ from torch import nn
 
 from ..core.error import QuantError
 from ..layers.attention import attached
-from ..layers.cache import SIDES, KeyValueCache, KeyValues, why_not
+from ..layers.cache import KEEPS, SIDES, KeyValueCache, KeyValues, why_not
 
-HOOK = "_prepare_cache_for_generation"
+HOOK, KEEP = "_prepare_cache_for_generation", "qatlas_cache"
 
 
-def cache(model: Any) -> KeyValueCache:
-    """An empty cache for a model whose attention quantizes keys or values.
+def keep(model: nn.Module, what: str) -> None:
+    """What the caches keep that a model makes for itself from now on: codes, or values beside them (layers/cache.py).
+
+    Raises:
+        QuantError: neither of the two.
+    """
+    if what not in KEEPS:
+        raise QuantError(f"keep(model, {what!r}): a cache keeps {' or '.join(KEEPS)}")
+    for part in model.modules():
+        if hasattr(type(part), HOOK):
+            part.__dict__[KEEP] = what
+
+
+def cache(model: Any, keep: str | None = None) -> KeyValueCache:
+    """An empty cache for a model whose attention quantizes keys or values. keep: codes, or values beside them; None as `keep` has said, else codes.
 
     Raises:
         QuantError: a model without such quantizers, an encoder-decoder, numbers that no cache can store, a layer whose state is more than keys and
@@ -38,7 +52,7 @@ def cache(model: Any) -> KeyValueCache:
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    held = _storing(model)
+    held, how = _storing(model), keep or model.__dict__.get(KEEP, "codes")
     odd = next((f"{name}:{side}" for name, module in model.named_modules() for side, q in attached(module).items()
                 if side in SIDES and not q.quant.plain), None)
     if odd is not None:
@@ -63,7 +77,7 @@ def cache(model: Any) -> KeyValueCache:
         if type(layers[at]) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise QuantError(f"{name}: its cache is a {type(layers[at]).__name__}, which holds more than keys and values; keep its key and value in "
                              'full precision, or generate with cache_implementation="dynamic"')
-        layers[at], taken[at] = KeyValues(module, getattr(layers[at], "sliding_window", None)), f"is that of {name}"
+        layers[at], taken[at] = KeyValues(module, getattr(layers[at], "sliding_window", None), how), f"is that of {name}"
     return KeyValueCache(layers)
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -68,6 +69,21 @@ def generate(path: str | Path, text: str, n: int = 32) -> str:
     return str(_ask(path, [{"complete": {"prompt": text, "max_tokens": n, "temperature": 0.0, "cache_prompt": False}}])[0]["choices"][0]["text"])
 
 
+def clocked(path: str | Path, threads: int = 1, prompt: int = 128, tokens: int = 32, seed: int = 0) -> dict[str, float]:
+    """Seconds of a random prompt and of the tokens after it by llama.cpp's own clock, with its own choice of cache and attention:
+    {"load", "prefill", "decode"} in seconds, {"peak"} of memory in bytes, more than the process held before it loaded."""
+    names = field(open_file(path), "tokenizer.ggml.tokens") or []
+    if not names:
+        raise FormatError(f"{path} has no vocabulary, and llama.cpp's server answers in words; write it from a checkpoint with a tokenizer")
+    draw = random.Random(seed)
+    ask = {"prompt": [draw.randrange(len(names)) for _ in range(prompt)], "n_predict": tokens, "temperature": 0.0, "cache_prompt": False,
+           "ignore_eos": True}
+    answer = _ask(path, [{"clock": ask}], threads=threads, plain=False)[0]
+    if (answer["said"], answer["read"]) != (tokens, prompt):
+        raise FormatError(f"llama.cpp read {answer['read']} tokens of {prompt} and said {answer['said']} of {tokens}: other than asked")
+    return {key: answer[key] for key in ("load", "prefill", "decode", "peak")}
+
+
 def tokenize(path: str | Path, texts: Sequence[str], special: bool = True) -> list[list[int]]:
     """Texts -> the ids that llama.cpp gives them. special: frame them with bos and eos as the header says, and read special tokens in the text."""
     answers = _ask(path, [{"tokenize": {"content": text, "add_special": special, "parse_special": special}} for text in texts])
@@ -98,7 +114,8 @@ def _letter(path: str | Path) -> int:
     return next(found, 0)
 
 
-def _ask(path: str | Path, jobs: list[dict[str, Any]], threads: int = 1, seconds: float = 600, pooling: str | None = None) -> list[Any]:
+def _ask(path: str | Path, jobs: list[dict[str, Any]], threads: int = 1, seconds: float = 600, pooling: str | None = None,
+         plain: bool = True) -> list[Any]:
     """Start, put the questions, collect the answers, end."""
     if not available():
         raise RunError('llama.cpp is not installed here; pip install "qatlas[llamacpp]"')
@@ -106,7 +123,7 @@ def _ask(path: str | Path, jobs: list[dict[str, Any]], threads: int = 1, seconds
     if field(reader, "tokenizer.ggml.model") in (None, "none", "no_vocab"):
         raise FormatError(f"{path} has no vocabulary, and llama.cpp's server answers in words; write it from a checkpoint with a tokenizer")
     context = int(field(reader, f"{field(reader, 'general.architecture')}.context_length") or 512)
-    request = json.dumps({"path": str(path), "context": min(context, 4096), "threads": threads, "jobs": jobs, "pooling": pooling})
+    request = json.dumps({"path": str(path), "context": min(context, 4096), "threads": threads, "jobs": jobs, "pooling": pooling, "plain": plain})
     quiet = {**os.environ, "GGML_NO_BACKTRACE": "1"}              # without it an abort starts a debugger
     done = subprocess.run([sys.executable, str(CHILD)], input=request, capture_output=True, text=True, timeout=seconds, env=quiet, check=False)
     if done.returncode:
