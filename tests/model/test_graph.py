@@ -18,7 +18,7 @@ from qatlas.core.grid import Uniform
 from qatlas.core.scheme import scheme, weight
 from qatlas.export import onnx as form
 from qatlas.export.onnx.signals import address, marks
-from qatlas.model import verify as verify_module
+from qatlas.model import proof
 from qatlas.model.graph import graph, inputs
 from qatlas.model.pack import checkpoint, pack, save
 from qatlas.model.rules import Rule, quantize
@@ -75,7 +75,7 @@ def run(request, tmp_path_factory):
 
 def test_every_proof_passes(run):
     proofs = verify(run.out, trained=run.model)
-    said = [(proof.reader, proof.passed) for proof in proofs]
+    said = [(one.reader, one.passed) for proof in proofs]
     theirs, ours = said[4:], proofs[3]
     assert said[:4] == [("transformers from_pretrained", True)] * 2 + [("the format's public reader", True), ("onnxruntime", True)], proofs
     assert "ties of activations" in ours.tolerance and "on 8 of 8 inputs" in ours.result
@@ -117,8 +117,8 @@ def test_an_engine_that_disagrees_fails_its_proof(run, monkeypatch):
     module = form.ENGINES[1]
     monkeypatch.setattr(module, "why_not", lambda path: None)
     monkeypatch.setattr(form, "read", lambda path, engine=None: {})
-    proofs = verify_module._engines(run.model, run.target, run.path, module, [], [])
-    assert [(proof.reader, proof.passed) for proof in proofs] == [("OpenVINO", False)] and "tensors differ" in proofs[0].result
+    proofs = proof._engines(run.model, run.target, run.path, module, [], [])
+    assert [(one.reader, one.passed) for one in proofs] == [("OpenVINO", False)] and "tensors differ" in proofs[0].result
 
 
 def test_the_file_holds_what_was_said(run):

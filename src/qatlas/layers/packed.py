@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from ..core.noun import from_json
 from ..core.qtensor import Masked, QTensor
 from ..core.quantizer import Quantizer
-from ..kernels.rotation import quick
 from .kernel import Kernel
 from .quantized import Layer, Quantized, Slots
 from .store import MaskedStore, Store, stored
@@ -119,7 +118,7 @@ class Packed(Layer):
                 setattr(packed, f"{name}_quantizer", blank_quantizer(quant, name, meta))
             if slots.transform is not None or slots.adapter is not None:
                 like = torch.ones(tuple(meta["tensor"]["shape"]))
-                packed.transform = quick(slots.transform.build(like, like[0])) if slots.transform is not None else None
+                packed.transform = slots.maps(like, like[0])
                 packed.adapter = slots.adapter.build(like) if slots.adapter is not None else None
         return packed
 

@@ -66,6 +66,10 @@ class Slots(Noun):
         if self.keep not in KEEP:
             raise QuantError(f"keep={self.keep!r}: a quantized weight is kept by one of {', '.join(KEEP)}")
 
+    def maps(self, weight: Tensor, peak: Tensor | None = None) -> Maps | None:
+        """The maps of the transform for a layer of this weight, turned by the kernel where it can."""
+        return None if self.transform is None else quick(self.transform.build(weight, peak))
+
 
 class Layer(nn.Module):
     """The way through a layer, for trainable and packed ones. Subclasses give `computed` and `product`."""
@@ -132,7 +136,7 @@ class Quantized(Layer):
         if slots.norm is not None and slots.transform is not None and slots.transform.needs_peak:
             raise QuantError(f"{type(slots.transform).__name__} looks at the inputs as they come, the norm would change them; take one of the two")
         self.norm = None if slots.norm is None else slots.norm.build(self.matrix())
-        self.transform = quick(slots.transform.build(self.matrix().detach(), peak)) if slots.transform is not None else None
+        self.transform = slots.maps(self.matrix().detach(), peak)
         self.adapter = slots.adapter.build(self.matrix().detach()) if slots.adapter is not None else None
         for name in ("weight", "input", "output"):
             quant = getattr(slots, name)

@@ -100,7 +100,7 @@ def _empty(module: nn.Module, meta: dict[str, Any]) -> Any:
             setattr(layer, f"{slot}_quantizer", quantizer)
         if slots.transform is not None or slots.adapter is not None:
             like = torch.ones(tuple(layer.matrix().shape))
-            layer.transform = slots.transform.build(like, like[0]) if slots.transform is not None else None
+            layer.transform = slots.maps(like, like[0])
             layer.adapter = slots.adapter.build(like) if slots.adapter is not None else None
     if slots.frozen is not None:
         w = layer.matrix().detach()
