@@ -75,7 +75,7 @@ def run(request, tmp_path_factory):
 
 def test_every_proof_passes(run):
     proofs = verify(run.out, trained=run.model)
-    said = [(one.reader, one.passed) for proof in proofs]
+    said = [(proof.reader, proof.passed) for proof in proofs]
     theirs, ours = said[4:], proofs[3]
     assert said[:4] == [("transformers from_pretrained", True)] * 2 + [("the format's public reader", True), ("onnxruntime", True)], proofs
     assert "ties of activations" in ours.tolerance and "on 8 of 8 inputs" in ours.result
