@@ -1,6 +1,6 @@
-"""The kernels as torch's operators: tensors and numbers in, a tensor out, its shape alone for torch.compile and export; and how a product finds
-its kernel and its plan.
-"""
+"""The kernels as torch's operators: tensors and numbers in, a tensor out, its shape alone for torch.compile and export.
+
+And how a product finds its kernel and its plan."""
 
 from __future__ import annotations
 

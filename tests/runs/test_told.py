@@ -1,4 +1,4 @@
-"""What the runs on CIFAR share: means and spreads of their tables."""
+"""What the experiments share: means and spreads of their tables."""
 
 import pytest
 from scripts import ROOT, script
@@ -7,7 +7,7 @@ from scripts import ROOT, script
 @pytest.fixture
 def rows(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "runs"))
-    return script("cifar_rows")
+    return script("told")
 
 
 def test_means_and_spreads(rows):
