@@ -104,6 +104,13 @@ static int one(uint64_t seed) {
     qn_hadamard(h.at, back.at, blocks, n, 1.0f, threads);
     qn_hadamard(back.at, back.at, blocks, n, 1.0f / static_cast<float>(n), threads);
     if (std::memcmp(h.at, back.at, static_cast<size_t>(blocks * n) * 4)) return std::printf("hadamard of %lld\n", static_cast<long long>(n)), 1;
+    const int64_t wide = pick(1, 300), many = pick(0, 70);
+    Exactly<float> full(static_cast<size_t>(many * wide)), pace(static_cast<size_t>(many));
+    Exactly<int8_t> code(static_cast<size_t>(many * wide));
+    for (int64_t i = 0; i < many * wide; i++) full.at[i] = pick(0, 2000) ? static_cast<float>(pick(-1000, 1000)) / 64 : HUGE_VALF;
+    qn_tokens(full.at, many, wide, 127.0f, 1e-38f, -128.0f, 127.0f, code.at, pace.at, threads);
+    for (int64_t i = 0; i < many * wide; i++)
+        if (std::fabs(full.at[i] - pace.at[i / wide] * code.at[i]) > pace.at[i / wide] * 0.50001f) return std::printf("tokens of %lld\n", static_cast<long long>(wide)), 1;
     return 0;
 }
 

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 SOURCE = library.HERE
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 FLAGS = ["-O0", "-w", "-std=c++17", "-ffp-contract=off", "-pthread", "-fno-sanitize-recover=all", f"-I{SOURCE}"]      # -O0: seconds, not minutes
-PARTS = ["native", "pool", "prepare", "variant_scalar",
+PARTS = ["native", "tokens", "pool", "prepare", "variant_scalar",
          *(["variant_avx2", "variant_vbmi"] if platform.machine() in ("x86_64", "AMD64") else ["variant_neon"])]
 
 

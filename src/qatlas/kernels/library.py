@@ -112,6 +112,7 @@ def _declare(lib: Any) -> None:
             ("qn_linear", None, (weight, pointer, many, pointer, pointer, threads)),
             ("qn_linear_int8", None, (weight, pointer, many, pointer, pointer, pointer, pointer, pointer, threads)),
             ("qn_hadamard", None, (pointer, pointer, many, many, ctypes.c_float, threads)),
+            ("qn_tokens", None, (pointer, many, many, *(ctypes.c_float,) * 4, pointer, pointer, threads)),
             ("qn_variants", threads, (ctypes.POINTER(ctypes.c_char_p), threads)),
             ("qn_variant", ctypes.c_char_p, ()),
             ("qn_choose", threads, (ctypes.c_char_p,))):

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..core.grain import PerToken
 from ..core.grid import Uniform
 from ..core.quantizer import Quantizer
-from ..kernels import operators, packed
+from ..kernels import operators, packed, tokens
 from ..kernels.library import library
 from .store import Store
 
@@ -109,15 +109,22 @@ def whole_numbers(quantizer: Quantizer, x: Tensor) -> tuple[Tensor, Tensor, Tens
     known = getattr(x, "_whole", None) if eager else None
     if known is not None and known[0] == quantizer.quant and known[1] == x._version:
         return known[2]  # type: ignore[no-any-return]
+    if eager and x.dtype == torch.float32 and x.device.type == "cpu" and not tokens.why_not(quantizer.quant):
+        found: tuple[Tensor, Tensor, Tensor | None] = (*tokens.tokens(x, quantizer.quant), None)
+    else:
+        found = _measured(quantizer, x)
+    if eager:
+        x._whole = quantizer.quant, x._version, found  # type: ignore[attr-defined]
+    return found
+
+
+def _measured(quantizer: Quantizer, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`whole_numbers` by the quantizer itself."""
     q, grid = quantizer.quantize(x), quantizer.quant.grid
     down = 0 if grid.low < 0 else 128                             # unsigned codes move into int8, and so does their zero
     codes = (q.codes.to(torch.int16) - (2 ** (int(grid.bits) - 1) if grid.low < 0 else down)).to(torch.int8)
     zero = q.zero if not down else torch.full_like(q.steps, -128.0) if q.zero is None else q.zero - down
-    steps = torch.where(q.steps.isfinite(), q.steps, math.nan)    # of a token with NaN or an infinity nothing is known
-    found = codes, steps, zero
-    if eager:
-        x._whole = quantizer.quant, x._version, found  # type: ignore[attr-defined]
-    return found
+    return codes, torch.where(q.steps.isfinite(), q.steps, math.nan), zero        # of a token with NaN or an infinity nothing is known
 
 
 def why_not(layer: Any, parts: int = 1) -> str:

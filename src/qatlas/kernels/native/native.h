@@ -6,6 +6,7 @@
 //   qn_linear        y = x W^T + b, x fp32                          sums of floats, in an order of our own
 //   qn_linear_int8   y = step (sum_g s_g (D_g - z_g X_g) - zx U) + b, x = step (q - zx), q int8     integers exact, floats in exactly this order
 //   qn_hadamard      blocks of a power of two up to 4096, times a factor
+//   qn_tokens        activations to whole numbers, one step a token, by the formula of core
 //
 // All check nothing: the caller (kernels/packed.py) has checked shapes and types. All may be called from several threads at once, and after fork.
 #pragma once
@@ -40,6 +41,8 @@ QN_API void qn_linear(const QnMatrix* w, const float* x, int64_t tokens, const f
 QN_API void qn_linear_int8(const QnMatrix* w, const int8_t* x, int64_t tokens, const float* step, const float* zero, const float* sums,
                            const float* bias, float* y, int32_t threads);  // zero and sums (rows,): both, or null; sums are U: y of one token of ones with step 1
 QN_API void qn_hadamard(const float* x, float* y, int64_t blocks, int64_t n, float factor, int32_t threads);  // y may be x
+QN_API void qn_tokens(const float* x, int64_t tokens, int64_t cols, float reach, float floor, float low, float high, int8_t* codes, float* steps,
+                      int32_t threads);                        // codes (tokens, cols); steps (tokens,)
 QN_API int32_t qn_variants(const char** names, int32_t most);  // names of those this machine runs, the slowest first; how many
 QN_API const char* qn_variant(void);                           // the one in use
 QN_API int32_t qn_choose(const char* name);                    // 1: taken; 0: this machine does not run it
