@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--only", nargs="+", help="these entries, and no page")
+    parser.add_argument("--without", nargs="+", default=[], help="entries that have not been run; the page says so")
     parser.add_argument("--page", help="the file whose section is made anew")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -65,22 +66,24 @@ def main() -> None:
         job = Job(model=str(folder), data=str(scratch / "stories.txt"), out=str(out), batch=8)
     else:
         job = Job(out=str(out), batch=4)
-    found = compare(given.only or entries(), job, BITS, given.steps, given.seeds, SHARED, "lsq" if not given.only or "lsq" in given.only else None,
+    wanted = [entry for entry in given.only or entries() if entry not in given.without]
+    found = compare(wanted, job, BITS, given.steps, given.seeds, SHARED, "lsq" if "lsq" in wanted else None,
                     shlex.join(["python", "runs/atlas.py", *sys.argv[1:]]), say=lambda line: print(line, flush=True))
     found.model, found.data = ("stories260K", "stories that it wrote") if given.model == "stories" else ("zoo:gpt", "builtin:docs")
     print(table(found))
     if given.page and not given.only:
-        publish(found, given.model, out, Path(given.page))
+        publish(found, given.model, out, Path(given.page), given.without)
 
 
-def publish(found: Trials, name: str, out: Path, where: Path) -> None:
+def publish(found: Trials, name: str, out: Path, where: Path, without: list[str]) -> None:
     """The section of docs/atlas.md, its figure, and docs/atlas.html of all models."""
     figure = ROOT / "docs" / "figures" / f"atlas_{name}.png"
     shutil.move(out / "comparison.png", figure)
     for made in ("report.html", "table.md"):
         (out / made).unlink()
     (out / "trials.json").write_text(json.dumps(found.to_json()), encoding="utf-8")
-    text = f"![quality against size and training time](figures/{figure.name})\n\n{table(found)}\n{claims(found)}"
+    left = f"Not run yet: {', '.join(without)}.\n\n" if without else ""
+    text = f"{left}![quality against size and training time](figures/{figure.name})\n\n{table(found)}\n{claims(found)}"
     where.write_text(between(where.read_text(encoding="utf-8"), name, text), encoding="utf-8")
     kept = [Trials.from_json(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(out.parent.glob("*/trials.json"))]
     page(kept, ROOT / "docs" / "atlas.html")
