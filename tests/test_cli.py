@@ -291,3 +291,10 @@ def test_the_demo_in_two_steps(tmp_path, monkeypatch, capsys):
     assert record.command.startswith("qatlas run teacher_intervention --rows=True --clip=null")
     assert list(record.scores) == ["full precision", "untrained", "plain distillation", "trained", "packed"]
     assert all(proof["passed"] is not False for proof in record.proofs)
+
+
+def test_the_package_is_a_command():
+    source = Path(cli.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-m", "qatlas", "list"], capture_output=True, text=True, check=True,
+                          env={**os.environ, "PYTHONPATH": str(source)})
+    assert "lsq" in done.stdout
