@@ -1,7 +1,8 @@
-"""What every test shares: one thread, and the account of the golden vectors at the end."""
+"""What every test shares: one thread, Triton's interpreter where there is no GPU, and the account of the golden vectors at the end."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from small import write_llama, write_text
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")                # before anything imports Triton: it asks once
 
 
 @pytest.fixture(scope="session")
