@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def test_a_row_tells_medians_and_an_absent_one_its_reason() -> None:
 
 
 def test_a_process_that_dies_is_a_row(made: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(module.sys, "executable", "/bin/false")
+    monkeypatch.setattr(module.sys, "executable", shutil.which("false"))
     found = bench(made, ways=["exact"], prompt=1, tokens=1, repeats=1)
     assert "absent" in found["rows"][0]
 
