@@ -38,7 +38,7 @@ def test_auto_classes_load_what_was_saved(name, dtype, tiny, tmp_path):
     assert before.keys() == after.keys() and before
     assert all(torch.equal(tensor, after[key].to(tensor.dtype)) for key, tensor in before.items())
     kinds = {f"{name}.scale": getattr(torch, part.scale_dtype) for name, part in loaded.named_modules() if isinstance(part, Store)}
-    assert all(after[key].dtype in (tensor.dtype, kinds.get(key)) for key, tensor in before.items()), "a scale lies as it is stored, all else as it was"
+    assert all(after[key].dtype in (tensor.dtype, kinds.get(key)) for key, tensor in before.items()), "a scale as it is stored, all else as it was"
     if dtype in ("default", "float32", "auto"):
         assert torch.equal(tiny.answer(loaded, name), tiny.answer(model, name))
     elif name in ("llama", "gpt2", "bert"):                       # inputs of images would have to be cast too
